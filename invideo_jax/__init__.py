@@ -1,0 +1,1 @@
+"""invideo_jax: InternVideo-style video foundation model pretraining in JAX/Flax."""

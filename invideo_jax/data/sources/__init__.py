@@ -1,0 +1,1 @@
+"""Random access to raw examples: one file per kind of storage."""

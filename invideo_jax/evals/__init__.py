@@ -1,0 +1,1 @@
+"""Evaluators: predict + data -> (name, value) pairs; one file each."""

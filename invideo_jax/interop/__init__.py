@@ -1,0 +1,1 @@
+"""Weights between this package and PyTorch layouts."""

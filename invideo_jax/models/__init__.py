@@ -1,0 +1,1 @@
+"""flax.linen models, init/apply only: no optimiser, no mesh, no config object in here."""

@@ -1,0 +1,1 @@
+"""What a step costs, and whether it fits: exact FLOPs, compiled memory."""

@@ -1,0 +1,1 @@
+"""One public train step per file; `update.py` holds what they share."""
