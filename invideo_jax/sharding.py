@@ -237,13 +237,14 @@ def path_of(key_path: Sequence[Any]) -> str:
     )
 
 
-def _is_box(x: Any) -> bool:
+def is_box(x: Any) -> bool:
+    """Whether a tree node is a parameter with its axis names around it."""
     return isinstance(x, meta.AxisMetadata)
 
 
 def unbox(tree: PyTree) -> PyTree:
     """The same tree without the boxes that hold the axis names."""
-    return jax.tree.map(lambda x: x.value if _is_box(x) else x, tree, is_leaf=_is_box)
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
 
 
 def logical_axes(boxed: PyTree) -> dict[str, tuple[str | None, ...]]:
@@ -253,9 +254,9 @@ def logical_axes(boxed: PyTree) -> dict[str, tuple[str | None, ...]]:
         ValueError: a parameter without names, or with another number of names than dimensions.
     """
     found = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box):
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box):
         path = path_of(key_path)
-        if not _is_box(leaf):
+        if not is_box(leaf):
             raise ValueError(
                 f"Every parameter must name its axes; {path} {leaf.shape} has none. "
                 "Wrap its init in nn.with_logical_partitioning."
