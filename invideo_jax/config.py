@@ -56,7 +56,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Recipe:
     with _recording(lines), _explained(spec):
         config = module.get_config(argument) if argument else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"get_config of {path} must return a ConfigDict; got {type(config).__name__}.")
+        raise UserError(
+            f"get_config of {path} must return a ConfigDict; got {type(config).__name__}."
+        )
     config.lock()
     source = dict(_leaf_sources(config, lines))
     for override in overrides:
@@ -77,7 +79,9 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> str:
     if path not in known:
         inside = [k for k in known if k.startswith(path + ".")]
         if inside:
-            raise UserError(f"--config.{path} is a section; set one of its keys: {', '.join(inside)}.")
+            raise UserError(
+                f"--config.{path} is a section; set one of its keys: {', '.join(inside)}."
+            )
         leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
         hint = f" Did you mean {' or '.join(leaf[:3])}?" if leaf else nearest(path, known)
         raise UserError(f"Unknown config key {path} (from --config.{override}).{hint}")
@@ -90,27 +94,36 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> str:
 
 
 def _convert(text: str, old: Any, path: str) -> Any:
-    """Reads `text` as a value of the type of `old`; strings stay strings."""
-    if isinstance(old, str):
-        return text
-    kind = type(old).__name__
+    """Reads `text` as a value of the type of `old`; a whole number may be written '1e3' or '1_000'."""
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(old, bool) and value in (0, 1) and not isinstance(value, float):
-        return bool(value)
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(old, tuple):
-        if isinstance(value, str):
-            value = tuple(part.strip() for part in value.split(",") if part.strip())
-        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if type(value) is not type(old):
-        raise UserError(f"{path} must be a value of type {kind} (now {old!r}); got {path}={text!r}.")
-    return value
+        return _READERS[type(old)](text)
+    except (ValueError, KeyError, SyntaxError, OverflowError):
+        raise UserError(
+            f"{path} must be a value of type {type(old).__name__} (now {old!r}); got {path}={text!r}."
+        ) from None
+
+
+def _read_int(text: str) -> int:
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError(text)
+    return int(text) if text.strip().lstrip("+-").isdigit() else int(value)
+
+
+def _read_tuple(text: str) -> tuple:
+    """'("a", "b")' or plain 'a,b'."""
+    if text.lstrip().startswith(("(", "[")):
+        return tuple(ast.literal_eval(text))
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+_READERS = {
+    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
+    int: _read_int,
+    float: float,
+    str: str,
+    tuple: _read_tuple,
+}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -227,7 +240,9 @@ def _explained(what: str) -> Iterator[None]:
         if isinstance(error, SyntaxError):
             at = f"{error.filename}:{error.lineno}: "
         message = str(error).strip("'\"").split("\nOther fields present")[0]
-        raise UserError(f"The recipe {what} fails at\n{at}{type(error).__name__}: {message}") from error
+        raise UserError(
+            f"The recipe {what} fails at\n{at}{type(error).__name__}: {message}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -260,7 +275,10 @@ def _short(file: str) -> str:
 
 
 def _leaf_sources(
-    config: ml_collections.ConfigDict, lines: Mapping[tuple[int, str], str], prefix: str = "", above=""
+    config: ml_collections.ConfigDict,
+    lines: Mapping[tuple[int, str], str],
+    prefix: str = "",
+    above="",
 ) -> Iterator[tuple[str, str]]:
     """Key path -> recipe line; a value inside a section set as a whole has the section's line."""
     for key in sorted(config):

@@ -40,7 +40,9 @@ class Registry:
     def register(self, name: str, target: str) -> None:
         """Adds one entry; a taken name is an error."""
         if name in self.entries:
-            raise ValueError(f'{self.kind} "{name}" is taken by {self.entries[name]}; pick another name.')
+            raise ValueError(
+                f'{self.kind} "{name}" is taken by {self.entries[name]}; pick another name.'
+            )
         self.entries[name] = target
 
     def get(self, name: str) -> Any:

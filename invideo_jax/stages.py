@@ -14,7 +14,9 @@ from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
 UNITS = ("steps", "examples", "epochs", "percent")
-_DURATION = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([a-z%]*)\s*")
+_DURATION = re.compile(
+    r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([a-z%]*)\s*"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,9 @@ class Duration:
         if self.unit == "epochs" and not epoch_examples:
             raise UserError(f"{self} needs the size of the training set, which is unknown here.")
         if self.unit == "percent" and whole is None:
-            raise UserError(f"{self} needs a whole to be a share of; give steps, examples or epochs.")
+            raise UserError(
+                f"{self} needs a whole to be a share of; give steps, examples or epochs."
+            )
         scale = {
             "steps": lambda: 1.0,
             "examples": lambda: 1.0 / batch_size,
@@ -147,7 +151,9 @@ def plan(
             batch_size=batch_sizes[name], epoch_examples=epoch_examples[name], whole=total_steps
         )
         if steps < 1:
-            raise UserError(f"stages.{name}.length must be at least one step; got {lengths[name]!r}.")
+            raise UserError(
+                f"stages.{name}.length must be at least one step; got {lengths[name]!r}."
+            )
         stages.append(Stage(name, first, steps, batch_sizes[name], epoch_examples[name]))
         first += steps
     return tuple(stages)

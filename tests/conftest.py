@@ -25,5 +25,7 @@ def shared() -> pathlib.Path:
     """The folder shared/; the test is skipped where it is absent."""
     folder = shared_folder()
     if not folder.is_dir():
-        pytest.skip(f"no folder {folder.name}/ beside the repository: real clips and golden files absent")
+        pytest.skip(
+            f"no folder {folder.name}/ beside the repository: real clips and golden files absent"
+        )
     return folder

@@ -1,0 +1,1 @@
+"""Recipes: one file per runnable experiment; see docs/configs.md."""

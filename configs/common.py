@@ -1,0 +1,141 @@
+"""What recipes share: the base config with every field there is, and the reading of their argument."""
+
+import ml_collections
+
+
+def parse_arg(arg: str | None, *words: str, **defaults: str) -> dict[str, str | bool]:
+    """Reads the part of --config after the colon: 'size=L/16,smoke'.
+
+    Args:
+        arg: the text, or None.
+        words: switches that may appear; False when absent.
+        defaults: keys that may be given a value, with the value they have when absent.
+
+    Returns:
+        All words and keys with their values.
+
+    Raises:
+        ValueError: a word or key that the recipe does not take.
+    """
+    values: dict[str, str | bool] = {**dict.fromkeys(words, False), **defaults}
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, value = part.partition("=")
+        if key not in values or bool(equals) != (key in defaults):
+            takes = [*words, *(f"{k}=..." for k in defaults)]
+            raise ValueError(
+                f'this recipe does not take "{part}" after the colon; it takes {takes}'
+            )
+        values[key] = value if equals else True
+    return values
+
+
+def masked_stage() -> ml_collections.ConfigDict:
+    """A stage of masked pixel reconstruction with the values of VideoMAE ViT-B on Kinetics-400.
+
+    Source: VideoMAE (arXiv:2203.12602), appendix; MCG-NJU/VideoMAE scripts.
+    """
+    stage = ml_collections.ConfigDict()
+    stage.step = "masked"  # which train step: invideo_jax/steps/
+    stage.objective = "pixels"  # which loss of that step
+    # Every duration reads '800 epochs', '20000 steps', '1e6 examples', '40%' (of the stage) or a number of steps.
+    stage.length = "1600 epochs"
+    stage.batch_size = 2048  # clips a step, over all devices
+    stage.accumulation = 1  # microbatches a step; the result does not depend on it
+
+    stage.clip = ml_collections.ConfigDict()
+    stage.clip.frames = 16
+    stage.clip.size = 224  # pixels, height and width
+    stage.clip.sampling = (
+        "dense"  # a window of frames * stride; or 'segments': one frame in each equal part
+    )
+    stage.clip.stride = 4
+    stage.clip.crop = "multi_scale"
+    stage.clip.flip = 0.5  # probability; rows of a manifest with "flip": false are never flipped
+
+    stage.normalisation = "imagenet"
+    stage.mask = ml_collections.ConfigDict(dict(name="tube", ratio=0.9))
+    stage.target = ml_collections.ConfigDict(dict(normalise=True))  # per cube and colour channel
+
+    stage.optimizer = ml_collections.ConfigDict()
+    stage.optimizer.name = "adamw"
+    stage.optimizer.learning_rate = (
+        1.5e-4  # for a batch of `scale_by_batch`, in proportion for others
+    )
+    stage.optimizer.scale_by_batch = 256  # 0: the rate is used as it is
+    stage.optimizer.b1 = 0.9
+    stage.optimizer.b2 = 0.95
+    stage.optimizer.eps = 1e-8
+    stage.optimizer.weight_decay = 0.05
+    stage.optimizer.layer_decay = 1.0
+    stage.optimizer.freeze = ()  # regular expressions on parameter paths
+    stage.optimizer.clip_norm = 0.0  # 0: no clipping
+
+    stage.schedule = ml_collections.ConfigDict()
+    stage.schedule.name = "cosine"
+    stage.schedule.warmup = "40 epochs"
+    stage.schedule.final = 1e-5  # the rate at the end, scaled like learning_rate
+    stage.schedule.decay = "20%"  # the last part of a 'wsd' schedule; not read by the others
+
+    stage.ema_decay = 0.0  # 0: keep no moving average of the parameters
+    return stage
+
+
+def base() -> ml_collections.ConfigDict:
+    """Every field of a run. Recipes start from here, and change and add nothing that is not named here."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.compute_dtype = "auto"  # float32 on a CPU, bfloat16 on accelerators; or one of these by name
+
+    c.model = ml_collections.ConfigDict()
+    c.model.name = "video_mae"
+    c.model.size = "B/16"
+    c.model.drop_path = 0.0
+    c.model.layer_scale = 0.0  # initial value; 0: no LayerScale
+    c.model.scan = (
+        True  # one compiled block for all layers; False compiles each layer (faster on a CPU)
+    )
+    c.model.remat = "none"  # what the backward pass recomputes
+
+    c.stage_order = ("masked",)
+    c.total_steps = 0  # what a stage length in percent is a share of
+    c.stages = ml_collections.ConfigDict()
+    c.stages.masked = masked_stage()
+
+    c.data = ml_collections.ConfigDict()
+    # A folder, a manifest (.csv .json .jsonl), synthetic:FOLDER, tfds:NAME or arrayrecord:GLOB; several
+    # with weights: 'first,0.7;second,0.3'.
+    c.data.train = ""
+    c.data.eval = ""  # like train; empty: the rows of `train` whose split is `eval_split`
+    c.data.train_split = "train"  # rows without a split belong to this one
+    c.data.eval_split = "validation"
+    c.data.roots = ()  # further folders that a manifest may name files in
+    c.data.workers = 0  # decoding processes; 0 decodes in threads of the training process
+    c.data.threads = 2
+    c.data.bad_share = 0.01  # the run stops when more of the videos seen than this are unusable
+    c.data.bad_count = 20  # ... and at least so many are
+    c.data.max_megapixels = 10.0
+    c.data.max_hours = 6.0
+    c.data.decode_seconds = 20.0  # for one clip
+
+    c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))  # -1: the rest
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every = "1000 steps"
+    c.checkpoint.keep_last = 3
+    c.checkpoint.keep_best = 1
+    c.checkpoint.best = "reconstruction/loss"  # the evaluation result that is best when smallest
+
+    c.evals = ml_collections.ConfigDict()
+    c.evals.reconstruction = ml_collections.ConfigDict()
+    c.evals.reconstruction.every = "10%"  # 0 steps: never
+    c.evals.reconstruction.examples = 256
+    c.evals.reconstruction.pictures = 6
+
+    c.log = ml_collections.ConfigDict()
+    c.log.every = "50 steps"
+    c.log.tensorboard = False  # event files beside metrics.jsonl; needs the extra [tensorboard]
+
+    c.guard = ml_collections.ConfigDict()
+    c.guard.nonfinite_in_a_row = 10  # skipped updates after which the run stops
+    c.guard.hang_seconds = 600.0  # without a step, after which the process ends itself
+    return c
