@@ -1,0 +1,122 @@
+"""How well hidden parts of held-out clips are filled in: loss, PSNR, and a few clips to look at."""
+
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from invideo_jax.losses import Mean
+from invideo_jax.metrics import merge_means, replace_file
+
+Batch = Mapping[str, jax.Array]
+Clips = tuple[jax.Array, jax.Array, jax.Array]
+_MAX_PSNR = 100.0  # dB; a perfect copy would be infinite and spoil the average
+
+
+class Evaluator:
+    """Reconstruction of hidden patches.
+
+    `run` gives what `eval_loss` gives (by name; a loss on normalised targets is 1.0 for a model that
+    predicts each patch's mean), and `psnr`: decibels on hidden pixels, the mean over clips.
+
+    Args:
+        batches: called for each evaluation; gives device batches (`video`, `position`, `valid`, ...),
+            always the same ones in the same order.
+        eval_loss: (params, batch) -> name -> `losses.Mean` over valid rows; jitted by the caller.
+        reconstruct: (params, batch) -> (original, masked, reconstruction), each float [B, T, H, W, 3]
+            in 0..1; `masked` is grey and `reconstruction` predicted where patches are hidden, and
+            both equal `original` elsewhere; jitted by the caller.
+        workdir: clips to look at go to `workdir/reconstructions/step_XXXXXXXX.npz`; None keeps none.
+        pictures: how many clips that file holds, the first valid ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        batches: Callable[[], Iterable[Batch]],
+        eval_loss: Callable[[Any, Batch], Mapping[str, Any]],
+        reconstruct: Callable[[Any, Batch], Clips],
+        workdir: str | os.PathLike | None = None,
+        pictures: int = 6,
+    ):
+        self.batches, self.eval_loss, self.reconstruct = batches, eval_loss, reconstruct
+        self.folder = None if workdir is None else pathlib.Path(workdir) / "reconstructions"
+        self.pictures = pictures if self.folder else 0
+        self._psnr = jax.jit(psnr)
+
+    def run(self, params: Any, step: int) -> Iterator[tuple[str, float]]:
+        """Evaluates once; see the package's docstring for the contract."""
+        parts, kept = [], []
+        for batch in self.batches():
+            means = dict(self.eval_loss(params, batch))
+            clips = self.reconstruct(params, batch)
+            means["psnr"] = self._psnr(*clips, batch["valid"])
+            parts.append(means)
+            missing = self.pictures - len(kept)
+            if missing > 0:
+                kept += _first_valid(clips, batch, missing)
+        if not parts:
+            raise ValueError(
+                "batches must give at least one batch; got none. Check the eval split."
+            )
+        if kept and jax.process_index() == 0:
+            save(self.folder / f"step_{step:08d}.npz", kept)
+        yield from sorted(merge_means(parts).items())
+
+
+def psnr(
+    original: jax.Array, masked: jax.Array, reconstruction: jax.Array, valid: jax.Array
+) -> Mean:
+    """Peak signal-to-noise ratio on hidden pixels, in decibels, as a sum over clips and their number.
+
+    A pixel is hidden where `masked` differs from `original` in any channel. A clip's value is at most
+    100 dB; clips without a hidden pixel and rows that are not valid have no weight.
+
+    Args:
+        original: float [B, T, H, W, 3], 0..1; so are `masked` and `reconstruction`.
+        valid: bool [B].
+    """
+    hidden = jnp.any(masked != original, axis=-1)
+    error = jnp.mean(jnp.square(reconstruction - original).astype(jnp.float32), axis=-1)
+    pixels = jnp.sum(hidden, axis=(1, 2, 3)).astype(jnp.float32)
+    mse = jnp.sum(jnp.where(hidden, error, 0.0), axis=(1, 2, 3)) / jnp.maximum(pixels, 1.0)
+    decibels = -10.0 * jnp.log10(jnp.maximum(mse, 10.0 ** (-_MAX_PSNR / 10.0)))
+    weight = (valid & (pixels > 0)).astype(jnp.float32)
+    return Mean(jnp.sum(jnp.where(weight > 0, decibels, 0.0)), jnp.sum(weight))
+
+
+def _first_valid(clips: Clips, batch: Batch, count: int) -> list[dict[str, np.ndarray]]:
+    """The first `count` valid rows as host arrays, the same on every process."""
+    names = ("original", "masked", "reconstruction", "position", "valid")
+    rows = {n: _to_host(x) for n, x in zip(names, (*clips, batch["position"], batch["valid"]))}
+    chosen = np.flatnonzero(rows.pop("valid"))[:count]
+    return [{name: values[i] for name, values in rows.items()} for i in chosen]
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def save(path: pathlib.Path, clips: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Writes clips as one npz file, whole or not at all.
+
+    Args:
+        clips: dictionaries of `original`, `masked`, `reconstruction` (float [T, H, W, 3] in 0..1, stored
+            as uint8) and `position` (integer), all clips of one shape.
+    """
+    clips = list(clips)
+    stacked = {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
+    for name in ("original", "masked", "reconstruction"):
+        pixels = np.asarray(stacked[name], np.float32)
+        stacked[name] = np.rint(np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **stacked)
+    replace_file(path, buffer.getvalue())
