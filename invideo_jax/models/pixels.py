@@ -1,0 +1,80 @@
+"""Between videos and patches; normalisation constants."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from invideo_jax.errors import UserError
+from invideo_jax.registry import nearest
+
+# (mean, standard deviation) of each RGB channel, in [0, 1].
+NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def constants(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation called `name`, each float32 [3].
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in NORMALISATION:
+        raise UserError(
+            "The normalisation must be a known pair of constants; "
+            f"got normalisation={name!r}.{nearest(name, NORMALISATION)}"
+        )
+    mean, std = NORMALISATION[name]
+    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+
+def normalise(video: jax.Array, name: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """uint8 pixels [..., C] to (x / 255 - mean) / std, computed in float32, given as `dtype`."""
+    mean, std = constants(name)
+    return ((video.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
+
+
+def unnormalise(video: jax.Array, name: str) -> jax.Array:
+    """The inverse of `normalise`, to float [..., C] in [0, 1]."""
+    mean, std = constants(name)
+    return video * std + mean
+
+
+def patchify(video: jax.Array, *, tubelet: int, patch: int) -> jax.Array:
+    """Cuts videos into cubes.
+
+    Args:
+        video: [B, T, H, W, C]; T, H, W are multiples of the cube.
+        tubelet: frames of a cube.
+        patch: side of a cube in pixels.
+
+    Returns:
+        [B, N, tubelet*patch*patch*C]; tokens t-major, pixels of a cube as (frame, row, column, C).
+    """
+    return rearrange(
+        video,
+        "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)",
+        pt=tubelet,
+        ph=patch,
+        pw=patch,
+    )
+
+
+def unpatchify(
+    patches: jax.Array, *, grid: tuple[int, int, int], tubelet: int, patch: int
+) -> jax.Array:
+    """The inverse of `patchify`; `grid` is (t, h, w)."""
+    t, h, w = grid
+    return rearrange(
+        patches,
+        "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c",
+        t=t,
+        h=h,
+        w=w,
+        pt=tubelet,
+        ph=patch,
+        pw=patch,
+    )

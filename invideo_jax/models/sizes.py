@@ -1,0 +1,58 @@
+"""Published model sizes, in one table; every row's parameter count is asserted by a test."""
+
+import dataclasses
+
+from invideo_jax.errors import UserError
+from invideo_jax.registry import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoMAESize:
+    """One row: encoder D, layers, heads K, MLP width F; decoder the same; patch side in pixels.
+
+    `params` is the number of parameters of the pretraining model with the published 16 frames,
+    None for sizes that nobody published; `encoder_params` the same of the encoder with its last norm.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    decoder_mlp_width: int
+    patch: int = 16
+    encoder_params: int | None = None
+    params: int | None = None
+
+
+_Row = VideoMAESize
+
+# Sources: S, B, L, H: MCG-NJU/VideoMAE modeling_pretrain.py and scripts/ (decoder depth is a
+# command-line value there); H-internvideo1: OpenGVLab/InternVideo, InternVideo1/Pretrain/VideoMAE;
+# g: VideoMAE V2 (arXiv:2303.16727). Micro, Mini and Ti are this project's own, for CPUs.
+VIDEO_MAE: dict[str, VideoMAESize] = {
+    "Micro": _Row(32, 2, 2, 128, 16, 1, 2, 64, patch=8),
+    "Mini": _Row(96, 4, 3, 384, 48, 2, 3, 192),
+    "Ti": _Row(192, 12, 3, 768, 96, 4, 3, 384),
+    "S": _Row(384, 12, 6, 1536, 192, 4, 3, 768, 16, 21_879_936, 24_029_376),
+    "B": _Row(768, 12, 12, 3072, 384, 4, 6, 1536, 16, 86_227_200, 94_210_944),
+    "L": _Row(1024, 24, 16, 4096, 512, 12, 8, 2048, 16, 303_860_736, 342_996_992),
+    "H": _Row(1280, 32, 16, 5120, 640, 12, 8, 2560, 16, 631_607_040, 692_487_296),
+    "H-internvideo1": _Row(1280, 32, 16, 5120, 512, 8, 8, 2048, 16, 631_607_040, 658_266_880),
+    "g": _Row(1408, 40, 16, 6144, 512, 4, 8, 2048, 14, 1_011_610_752, 1_025_543_960),
+}
+
+
+def video_mae(size: str) -> VideoMAESize:
+    """The row called `size`.
+
+    Raises:
+        UserError: unknown size.
+    """
+    if size not in VIDEO_MAE:
+        raise UserError(
+            f"The model size must be a row of the table; got size={size!r}.{nearest(size, VIDEO_MAE)}"
+        )
+    return VIDEO_MAE[size]
