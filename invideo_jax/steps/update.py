@@ -1,0 +1,223 @@
+"""What every train step shares: gradients of sums, accumulation, clipping, the finite guard, EMA."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from invideo_jax.errors import UserError
+from invideo_jax.losses import Mean
+from invideo_jax.sharding import constrain, path_of
+from invideo_jax.state import Counters, TrainState
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, Any]
+# (params, batch) -> (the loss, more averages by name); every term depends on its own example only.
+LossFn = Callable[[PyTree, Batch], tuple[Mean, dict[str, Mean]]]
+Schedule = Callable[[jax.Array], jax.Array]
+_STACK = "blocks"  # a part of a parameter's path under which leaves are stacked over layers
+
+
+def update(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    accumulation: int = 1,
+    clip_norm: float | None = None,
+    schedule: Schedule | None = None,
+    ema_decay: float | None = None,
+    ema_warmup: bool = False,
+    trainable: PyTree | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One train step; pure, so it can be jitted with the state donated.
+
+    Where the loss, a gradient or an update is not finite, parameters, optimiser state and moving
+    average stay bitwise what they were; the step counts all the same, and so does `counters`.
+
+    Args:
+        state, batch: arrays of the batch are [B, ...].
+        loss_fn: gives sums and weights, so that the mean over the whole batch is exact.
+        tx: optimiser over the whole parameter tree.
+        accumulation: microbatches the batch is cut into; it changes memory and time, no value.
+        clip_norm: largest global norm of the gradient; None does not clip.
+        schedule: learning rate of the n-th update, for the metrics.
+        ema_decay: of the moving average of the parameters; None keeps none.
+        ema_warmup: the n-th update uses min(ema_decay, (1 + n) / (10 + n)).
+        trainable: bool for each parameter; no gradient is computed where False. None: all True.
+
+    Returns:
+        The next state, and metrics: `loss` and what `loss_fn` names (`Mean`s); `grad_norm` (before
+        clipping); `learning_rate`; `update_ratio/<group>` (norm of the update over that of the
+        parameters: one number a block in stacks); `skipped` (so far), `skipped_in_a_row`;
+        `first_nonfinite` (-1, or an index that `name_of_leaf` names).
+
+    Raises:
+        UserError: a batch that `accumulation` does not divide, or no `ema` to average into.
+    """
+    if trainable is None:
+        trainable = jax.tree.map(lambda _: True, state.params)
+    loss, averages, grads = gradients(
+        loss_fn, state.params, batch, trainable=trainable, accumulation=accumulation
+    )
+    squares = _squares(grads)
+    grad_norm = jnp.sqrt(sum(jnp.sum(x) for x in squares.values()))
+    if clip_norm is not None:
+        shrink = clip_norm / jnp.maximum(grad_norm, clip_norm)
+        grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+    updates, opt_state = tx.update(_fill(grads, state.params), state.opt_state, state.params)
+    moved = _squares(_select(updates, trainable))
+
+    # A sum of squares is finite where all terms are (and below 1e19): one pass finds norm and fault.
+    sums = [loss.value, *squares.values(), *moved.values()]
+    finite = jnp.stack([jnp.isfinite(x).all() for x in sums])
+    ok = finite.all()
+    applied = state.step - state.counters.skipped
+    metrics = {"loss": loss} | averages
+    metrics |= {
+        "grad_norm": grad_norm,
+        "first_nonfinite": jnp.where(ok, -1, jnp.argmin(finite)).astype(jnp.int32),
+    }
+    if schedule is not None:
+        metrics["learning_rate"] = schedule(applied)
+    metrics |= _update_ratios(moved, _squares(_select(state.params, trainable)))
+
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay is not None:
+        ema = keep(_average(state.ema, params, ema_decay, ema_warmup, applied), state.ema)
+    counters = Counters(
+        skipped=state.counters.skipped + ~ok,
+        skipped_in_a_row=jnp.where(ok, 0, state.counters.skipped_in_a_row + 1),
+    )
+    metrics |= {"skipped": counters.skipped, "skipped_in_a_row": counters.skipped_in_a_row}
+    new = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        ema=ema,
+        counters=counters,
+    )
+    return new, metrics
+
+
+def gradients(
+    loss_fn: LossFn, params: PyTree, batch: Batch, *, trainable: PyTree, accumulation: int = 1
+) -> tuple[Mean, dict[str, Mean], PyTree]:
+    """The loss over the whole batch, more averages, and the gradient of the loss's mean.
+
+    Sums over microbatches are made in float32 (float64 stays float64) and divided once, by the
+    weight of the whole batch; so the result does not depend on how the batch was cut.
+
+    Returns:
+        Loss, averages, and a gradient for each trainable parameter (None in place of the others).
+    """
+    free, frozen = _select(params, trainable), _select(params, trainable, invert=True)
+
+    def total(free, batch):
+        loss, averages = loss_fn(_merge(free, frozen), batch)
+        return loss.total, (jax.lax.stop_gradient(loss), averages)
+
+    grad = jax.grad(total, has_aux=True)
+    if accumulation == 1:
+        sums, (loss, averages) = grad(free, batch)
+    else:
+        sums, (loss, averages) = _accumulate(grad, free, batch, accumulation)
+    weight = jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
+    return loss, averages, jax.tree.map(lambda g: (g / weight).astype(g.dtype), sums)
+
+
+def _accumulate(grad: Callable, params: PyTree, batch: Batch, parts: int):
+    rows = {name: x.shape[0] for name, x in batch.items()}
+    if any(n % parts for n in rows.values()):
+        raise UserError(
+            f"The batch must be a multiple of accumulation; got batch={max(rows.values())}, "
+            f"accumulation={parts}. Change either."
+        )
+    # Microbatch m takes rows m, m + parts, ...: every device keeps working on rows it holds.
+    cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    micro = {name: cut(x) for name, x in batch.items()}
+    widen = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, widen(x)), shapes)
+
+    def body(sums, rows):
+        rows = {k: constrain(x, "batch", *(None,) * (x.ndim - 1)) for k, x in rows.items()}
+        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, grad(params, rows)), None
+
+    return jax.lax.scan(body, zeros, micro)[0]
+
+
+def name_of_leaf(index: int, params: PyTree, trainable: PyTree | None = None) -> str:
+    """What the metric `first_nonfinite` points at: 'loss', 'gradient of a/b', 'update of a/b'.
+
+    Args:
+        index: at least 0.
+        params, trainable: trees that the step was given.
+    """
+    if trainable is not None:
+        params = _select(params, trainable)
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = ["loss", *(f"gradient of {p}" for p in paths), *(f"update of {p}" for p in paths)]
+    return names[int(index)]
+
+
+def _squares(tree: PyTree) -> dict[str, jax.Array]:
+    """Sum of squares of each leaf by path; one number a layer, [layers], in stacks of blocks."""
+
+    def one(path: str, x: jax.Array) -> jax.Array:
+        x = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        return x.sum(tuple(range(1, x.ndim)) if _STACK in path.split("/") else None)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_of(path): one(path_of(path), x) for path, x in leaves}
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _select(tree: PyTree, mask: PyTree, *, invert: bool = False) -> PyTree:
+    """`tree` with None (which JAX takes for an absent leaf) where the mask is False."""
+    return jax.tree.map(lambda x, take: x if bool(take) != invert else None, tree, mask)
+
+
+def _merge(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=_is_none)
+
+
+def _fill(grads: PyTree, params: PyTree) -> PyTree:
+    """Zero gradients where there is none; the optimiser of a frozen parameter drops them."""
+    fill = lambda g, p: jnp.zeros_like(p) if g is None else g
+    return jax.tree.map(fill, grads, params, is_leaf=_is_none)
+
+
+def _average(ema: PyTree, params: PyTree, decay: float, warmup: bool, applied: jax.Array) -> PyTree:
+    if not jax.tree.leaves(ema):
+        raise UserError(
+            f"ema_decay={decay} needs a moving average in the state; got an empty one. "
+            "Create the state with keep_ema=True."
+        )
+    if warmup:
+        decay = jnp.minimum(decay, (1.0 + applied) / (10.0 + applied))
+    one = lambda e, p: (decay * e + (1.0 - decay) * p).astype(e.dtype)
+    return jax.tree.map(one, ema, params)
+
+
+def _update_ratios(moved: dict[str, jax.Array], sizes: dict[str, jax.Array]) -> Metrics:
+    """Norm of the update over norm of the parameters: of each block, and of each top-level rest."""
+    groups: dict[str, list[str]] = {}
+    for path in moved:
+        parts = path.split("/")
+        stack = parts.index(_STACK) + 1 if _STACK in parts else 1
+        groups.setdefault("/".join(parts[:stack]), []).append(path)
+    ratios = {}
+    for group, paths in groups.items():
+        up, size = (jnp.sqrt(sum(x[p] for p in paths)) for x in (moved, sizes))
+        ratios[f"update_ratio/{group}"] = up / jnp.maximum(size, 1e-12)
+    return ratios
