@@ -1,0 +1,453 @@
+"""Exact frames of a video file, decoding only what is needed.
+
+The reader works on packets. One pass over the packets (no decoding) lists when each frame is shown and where the keyframes
+are. For the wanted frames it then seeks to their keyframe, tells the decoder to skip every frame that neither is wanted nor
+helps another one, and drains the decoder right after the last wanted packet. Where that does not give exactly the wanted
+frames (packet and frame times that disagree, seeks that land elsewhere) it decodes from the start and counts; such
+fallbacks are counted too.
+
+A damaged picture is an error, never pixels: six flipped bits can turn most frames of a video into garbage without any exception,
+and only the decoder's own flag on every frame it touched says so.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import av
+import numpy as np
+
+from invideo_jax.data.open_video import (
+    BadVideo,
+    Deadline,
+    Limits,
+    check_path,
+    declared_seconds,
+    open_container,
+)
+from invideo_jax.data.scaling import Scaler, View, quarter_turns, shown_size
+
+__all__ = ["BadVideo", "Limits", "VideoInfo", "VideoReader", "View", "check_path"]
+
+# Codecs whose decoder can leave out unreferenced frames exactly. With AV1 (dav1d) frames go missing; other decoders ignore it.
+_CAN_SKIP = ("h264", "hevc", "vp9")
+# A cut file: the declared end is further away than this from the last frame (seconds, share of the declared length).
+_CUT_SECONDS, _CUT_SHARE = 0.5, 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a file holds.
+
+    Attributes:
+        frames: pictures shown.
+        seconds: from the first picture to the end of the last.
+        fps: pictures per second, on average.
+        width, height: pixels as shown, after rotation. Pixels are taken as square.
+        rotation: degrees counter-clockwise that were needed to set the picture upright: 0, 90, 180, 270.
+        codec, pix_fmt: FFmpeg's names.
+        keyframes: number of places that decoding can start at.
+        has_audio, audio_rate, audio_channels: sound track; rate in Hz, 0 without one.
+        truncated: the header declares more than the file holds; all numbers are of what is there.
+        declared_seconds: the length in the header, None where there is none.
+    """
+
+    frames: int
+    seconds: float
+    fps: float
+    width: int
+    height: int
+    rotation: int
+    codec: str
+    pix_fmt: str
+    keyframes: int
+    has_audio: bool
+    audio_rate: int
+    audio_channels: int
+    truncated: bool
+    declared_seconds: float | None
+
+
+@dataclasses.dataclass
+class _Table:
+    """Frames and keyframes in the order they are shown; positions count the packets from the start of the table."""
+
+    pts: list[int]
+    positions: list[int]
+    key_pts: list[int]
+    key_dts: list[int]
+    exact: bool  # times present and distinct, so that a frame is known by its time
+    shown: list[int] | None = None  # the frames of the asked part, None for all
+    end: int = 0  # where the last frame ends, in time base units
+    end_byte: int = 0  # where the last packet ends in the file
+    largest: int = 0  # bytes of the largest packet
+
+
+class _Mismatch(Exception):
+    """Seeking did not give the wanted frames."""
+
+
+class VideoReader:
+    """Frames of one video by their number. Use as a context manager.
+
+    Args:
+        source: a local path, or the encoded bytes of a file.
+        limits: see `Limits`.
+        start, end: seconds from the beginning of the video; frames shown in [start, end) are numbered from 0. Only that part
+            of the file is read. None for the beginning and the end.
+
+    Attributes:
+        truncated: the file ends before its declared length.
+        fallbacks: how often frames had to be counted from the start of the file.
+
+    Raises:
+        BadVideo: anything about the file that stops it from being used.
+    """
+
+    def __init__(
+        self,
+        source: str | bytes,
+        *,
+        limits: Limits | None = None,
+        start: float | None = None,
+        end: float | None = None,
+    ):
+        self.limits = limits or Limits()
+        self.path = source if isinstance(source, str) else ""
+        self.fallbacks, self.truncated = 0, False
+        self._source, self._first = source, None
+        self._container, self._stream = open_container(source, self.limits, self.path)
+        try:
+            self._deadline = Deadline(self.limits.decode_seconds, self.path)
+            self._table = self._read_part(start, end)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the file and the decoder."""
+        self._container.close()
+
+    def __len__(self) -> int:
+        return len(self._table.pts if self._table.shown is None else self._table.shown)
+
+    def times(self) -> np.ndarray:
+        """float64 [frames]: seconds from the beginning of the video at which each frame is shown."""
+        pts = np.asarray(self._pts(), np.float64)
+        return (pts - self._origin) * float(self._stream.time_base)
+
+    def _pts(self) -> list[int]:
+        table = self._table
+        return table.pts if table.shown is None else [table.pts[i] for i in table.shown]
+
+    @property
+    def info(self) -> VideoInfo:
+        """What the file holds; decodes one frame, because only frames tell their rotation."""
+        if self._first is None:
+            self.frames([0], view=View(size=(16, 16)))
+        (width, height), turns = self._first
+        context, frames = self._stream.codec_context, len(self)
+        times, scale = self.times(), float(self._stream.time_base)
+        fps = self._fps(times)
+        last = (self._table.end - self._origin) * scale if self._table.shown is None else 0.0
+        seconds = max(last, float(times[-1]) + 1 / fps) - float(times[0])
+        audio = self._container.streams.audio
+        sound = audio[0].codec_context if audio else None
+        return VideoInfo(
+            frames=frames,
+            seconds=seconds,
+            fps=fps,
+            width=width,
+            height=height,
+            rotation=90 * turns,
+            codec=context.name,
+            pix_fmt=context.pix_fmt or "",
+            keyframes=len(self._table.key_pts),
+            has_audio=bool(audio),
+            audio_rate=sound.sample_rate if sound else 0,
+            audio_channels=sound.channels if sound else 0,
+            truncated=self.truncated,
+            declared_seconds=declared_seconds(self._container, self._stream),
+        )
+
+    def _fps(self, times: np.ndarray) -> float:
+        if len(times) > 1 and times[-1] > times[0]:
+            return (len(times) - 1) / float(times[-1] - times[0])
+        return float(self._stream.average_rate or self._stream.guessed_rate or 25)
+
+    # The table of frames ---------------------------------------------------------------------------------------------
+
+    def _read_part(self, start: float | None, end: float | None) -> _Table:
+        stream, scale = self._stream, float(self._stream.time_base)
+        if start is None and end is None:
+            table = self._scan_packets(None)
+            self._origin = table.pts[0]
+            self._check_whole(table)
+            return table
+        self._origin = stream.start_time or 0
+        low = self._origin + round((start or 0) / scale)
+        high = None if end is None else self._origin + round(end / scale)
+        table = self._read_table(low, high) if stream.start_time is not None else None
+        if table is None or not table.exact:
+            table = self._read_table(None, None)
+            self._origin = table.pts[0]
+            low, high = (
+                v if v is None else v - (stream.start_time or 0) + self._origin for v in (low, high)
+            )
+        table.shown = [
+            i for i, pts in enumerate(table.pts) if pts >= low and (high is None or pts < high)
+        ]
+        if not table.shown:
+            raise BadVideo("no_frames", self.path, f"none between {start} s and {end} s")
+        return table
+
+    def _read_table(self, low: int | None, high: int | None) -> _Table:
+        """Lists the frames of the file, or those around [low, high) with the keyframe before it."""
+        if low is None:
+            self._reopen()
+            return self._scan_packets(None)
+        back = 0
+        while low - back > self._stream.start_time:
+            try:
+                self._container.seek(low - back, stream=self._stream)
+            except av.FFmpegError:
+                break  # a format without seeking
+            table = self._scan_packets(high)
+            if table.key_pts and table.key_pts[0] <= low:
+                return table
+            back = max(
+                2 * back, round(2 / self._stream.time_base)
+            )  # landed behind `low`: 2 s more each time
+        self._reopen()
+        return self._scan_packets(high)
+
+    def _reopen(self) -> None:
+        self._container.close()
+        self._container, self._stream = open_container(self._source, self.limits, self.path)
+
+    def _scan_packets(self, high: int | None) -> _Table:
+        frames, keys, position, present = [], [], 0, True
+        table = _Table([], [], [], [], exact=True)
+        for packet in self._packets():
+            if packet.is_corrupt:
+                raise BadVideo("corrupt_packet", self.path, f"packet {position}")
+            pts, dts = packet.pts, packet.dts
+            if high is not None and dts is not None and dts >= high:
+                break
+            if pts is None:
+                present, pts = False, (position if dts is None else dts)
+            if packet.is_keyframe:
+                keys.append((pts, pts if dts is None else dts))
+            if not packet.is_discard:  # edit lists: decoded, but never shown
+                frames.append((pts, position))
+                table.end = max(table.end, pts + (packet.duration or 0))
+            table.end_byte = max(table.end_byte, (packet.pos or 0) + packet.size)
+            table.largest = max(table.largest, packet.size)
+            position += 1
+            if position > self.limits.max_frames:
+                raise BadVideo("too_long", self.path, f"over {self.limits.max_frames} frames")
+        # Pictures shown before the first keyframe lean on one that is not in the file.
+        frames = sorted(f for f in frames if not keys or f[0] >= keys[0][0])
+        if not frames:
+            raise BadVideo("no_frames", self.path)
+        table.pts, table.positions = [f[0] for f in frames], [f[1] for f in frames]
+        table.key_pts, table.key_dts = [k[0] for k in keys], [k[1] for k in keys]
+        ordered = all(a < b for a, b in zip(table.key_pts, table.key_pts[1:]))
+        distinct = len(set(table.pts)) == len(table.pts)
+        table.exact = present and bool(keys) and ordered and distinct
+        return table
+
+    def _packets(self):
+        """The packets with data of the picture stream, from where the container stands; watches the clock."""
+        try:
+            for packet in self._container.demux(self._stream):
+                self._deadline.check()
+                if packet.size:
+                    yield packet
+        except av.error.ExitError:
+            raise BadVideo(
+                "timeout", self.path, f"limit {self.limits.decode_seconds:g} s"
+            ) from None
+        except av.FFmpegError as error:
+            raise BadVideo(
+                "decode_error", self.path, f"reading packets: {error.strerror}"
+            ) from None
+
+    def _check_whole(self, table: _Table) -> None:
+        """Notes a file cut short; one that goes on behind its last readable packet is damaged."""
+        declared = declared_seconds(self._container, self._stream)
+        if declared is None:
+            return
+        short = declared - (table.end - table.pts[0]) * float(self._stream.time_base)
+        self.truncated = short > max(_CUT_SECONDS, _CUT_SHARE * declared)
+        rest = self._container.size - table.end_byte
+        alone = len(self._container.streams) == 1
+        if self.truncated and alone and table.end_byte and rest > max(65536, 2 * table.largest):
+            raise BadVideo(
+                "corrupt_packet", self.path, f"{rest} bytes behind the last readable packet"
+            )
+
+    # Decoding --------------------------------------------------------------------------------------------------------
+
+    def frames(
+        self,
+        indices: Sequence[int],
+        *,
+        view: View | Callable[[int, int], View] | None = None,
+    ) -> np.ndarray:
+        """Decodes frames.
+
+        Args:
+            indices: frame numbers below len(self), in any order, repeats allowed.
+            view: the part and size wanted; or a function of the shown (width, height) that returns it, called once; None for whole
+                frames as they are.
+
+        Returns:
+            uint8 [len(indices), H, W, 3], RGB, upright.
+
+        Raises:
+            BadVideo: a needed frame is damaged, missing or takes too long.
+            IndexError: an index outside the video.
+        """
+        self._deadline = Deadline(self.limits.decode_seconds, self.path)
+        wanted = sorted(set(int(i) for i in indices))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
+            raise IndexError(
+                f"indices must be in [0, {len(self)}) and not empty; got {list(indices)}."
+            )
+        if self._table.shown is not None:
+            wanted = [self._table.shown[i] for i in wanted]
+        images = _Images(self, view)
+        if not (self._table.exact and self._try_seeking(wanted, images)):
+            self.fallbacks += 1
+            self._count(wanted, images)
+        number = {index: n for n, index in enumerate(sorted(set(int(i) for i in indices)))}
+        stack = [images.done[i] for i in wanted]
+        return np.stack([stack[number[int(i)]] for i in indices])
+
+    def _try_seeking(self, wanted: list[int], images: "_Images") -> bool:
+        """Decodes the groups of pictures that hold the wanted frames; False where that cannot be done exactly."""
+        groups: dict[int, list[int]] = {}
+        for index in wanted:
+            key = bisect.bisect_right(self._table.key_pts, self._table.pts[index]) - 1
+            groups.setdefault(key, []).append(index)
+        try:
+            for key, members in groups.items():
+                self._decode_group(key, members, images)
+        except _Mismatch:
+            return False
+        return True
+
+    def _decode_group(self, key: int, members: list[int], images: "_Images") -> None:
+        table, context = self._table, self._stream.codec_context
+        by_pts = {table.pts[i]: i for i in members}
+        remaining = set(by_pts)  # packets still to be fed
+        key_pts, key_dts = table.key_pts[key], table.key_dts[key]
+        # MP4 is indexed by decoding time, Matroska by showing time.
+        target = key_dts if "mp4" in self._container.format.name else key_pts
+        can_skip = context.name in _CAN_SKIP
+        try:
+            self._container.seek(target, stream=self._stream)
+        except av.FFmpegError:
+            raise _Mismatch from None
+        started = False
+        for packet in self._packets():
+            if not started:
+                if packet.dts is not None and packet.dts > max(key_dts, key_pts):
+                    raise _Mismatch  # landed behind the keyframe
+                started = packet.is_keyframe and packet.pts == key_pts
+                if not started:
+                    continue
+            if can_skip:
+                context.skip_frame = "DEFAULT" if packet.pts in remaining else "NONREF"
+            remaining.discard(packet.pts)
+            self._take(self._decode(packet, _Mismatch), by_pts, images)
+            if not remaining:
+                break
+        if can_skip:
+            context.skip_frame = "DEFAULT"
+        self._take(self._decode(None, _Mismatch), by_pts, images)
+        if any(index not in images.done for index in members):
+            raise _Mismatch
+
+    def _take(self, frames: list, by_pts: dict[int, int], images: "_Images") -> None:
+        for frame in frames:
+            if frame.is_corrupt:
+                raise _Mismatch  # decoding from the start tells damage from a bad place to start at
+            index = by_pts.get(frame.pts)
+            if index is not None and index not in images.done:
+                images.add(index, frame)
+
+    def _decode(self, packet: Any, failure: type[Exception]) -> list:
+        """Feeds one packet (None drains the decoder) and returns the frames that come out."""
+        try:
+            return self._stream.codec_context.decode(packet)
+        except EOFError:
+            return []
+        except av.FFmpegError as error:
+            if failure is _Mismatch:
+                raise _Mismatch from None
+            raise BadVideo("decode_error", self.path, _message(error)) from None
+
+    def _count(self, wanted: list[int], images: "_Images") -> None:
+        """Decodes from the start of the file in a fresh container, and counts."""
+        self._reopen()
+        by_time = self._table.shown is not None and self._table.exact
+        keys = [self._table.pts[i] for i in wanted] if by_time else wanted
+        missing, seen = dict(zip(keys, wanted)), 0
+        images.done.clear()
+        for packet in self._and_drain(self._packets()):
+            if packet is not None and packet.is_corrupt:
+                raise BadVideo("corrupt_packet", self.path)
+            for frame in self._decode(packet, BadVideo):
+                if frame.is_corrupt:
+                    raise BadVideo("corrupt_frame", self.path, f"frame {seen}")
+                key = frame.pts if by_time else seen
+                if key in missing:
+                    images.add(missing.pop(key), frame)
+                seen += 1
+            if not missing:
+                return
+        raise BadVideo(
+            "missing_frames",
+            self.path,
+            f"{seen} decoded, {len(missing)} of {len(wanted)} wanted are absent",
+        )
+
+    @staticmethod
+    def _and_drain(packets):
+        yield from packets
+        yield None
+
+
+class _Images:
+    """Pixels of the wanted frames, by frame number; the view is settled by the first frame that comes."""
+
+    def __init__(self, reader: VideoReader, view: View | Callable[[int, int], View] | None):
+        self._reader, self._view, self._scaler = reader, view, None
+        self.done: dict[int, np.ndarray] = {}
+
+    def add(self, index: int, frame: av.VideoFrame) -> None:
+        if self._reader._first is None:
+            self._reader._first = (shown_size(frame), quarter_turns(frame))
+        if self._scaler is None:
+            size = shown_size(frame)
+            view = self._view(*size) if callable(self._view) else self._view or View()
+            self._scaler = Scaler(view, size)
+        try:
+            self.done[index] = self._scaler(frame)
+        except av.FFmpegError as error:
+            raise BadVideo(
+                "decode_error", self._reader.path, "scaling: " + _message(error)
+            ) from None
+
+
+def _message(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
