@@ -20,6 +20,7 @@ import optax
 from optax import contrib
 
 from invideo_jax import sharding
+from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
 PyTree = Any
@@ -73,24 +74,22 @@ def make_schedule(
         decay_shape: of 'wsd': 'linear' or 'sqrt' (peak * (1 - sqrt(share done))).
 
     Raises:
-        ValueError: unknown name, or parts longer than the whole.
+        UserError: unknown name, or parts longer than the whole.
 
     Source: cosine: InternVideo2 and VideoMAE `cosine_scheduler`; WSD: Hagele et al. 2024, section 4.
     """
     names = ("cosine", "wsd", "constant")
     if name not in names:
-        raise ValueError(f'Unknown schedule "{name}".{nearest(name, names)}')
+        raise UserError(f'Unknown schedule "{name}".{nearest(name, names)}')
     if decay_shape not in ("linear", "sqrt"):
-        raise ValueError(
-            f'decay_shape must be "linear" or "sqrt"; got decay_shape="{decay_shape}".'
-        )
+        raise UserError(f'decay_shape must be "linear" or "sqrt"; got decay_shape="{decay_shape}".')
     if name != "wsd" and decay_steps is not None:
-        raise ValueError(f'decay_steps belongs to schedule "wsd"; got it with name="{name}".')
+        raise UserError(f'decay_steps belongs to schedule "wsd"; got it with name="{name}".')
     if name == "wsd" and decay_steps is None:
         decay_steps = steps // 5
     after = steps - warmup_steps  # steps that remain after the warm-up
     if steps < 1 or warmup_steps < 0 or after < (decay_steps or 0):
-        raise ValueError(
+        raise UserError(
             "Warm-up and decay must fit into the schedule; got "
             f"steps={steps}, warmup_steps={warmup_steps}, decay_steps={decay_steps}. "
             "Train longer or shorten them."
@@ -163,19 +162,19 @@ def matching(patterns: str | Sequence[str], paths: Sequence[str], *, what: str) 
         what: name of the setting, for the error message.
 
     Raises:
-        ValueError: a pattern that matches nothing or is no regular expression.
+        UserError: a pattern that matches nothing or is no regular expression.
     """
     found = []
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:
             hits = {p for p in paths if re.search(pattern, p)}
         except re.error as error:
-            raise ValueError(
+            raise UserError(
                 f"{what} must hold regular expressions; got {pattern!r} ({error})."
             ) from None
         if not hits:
             near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
-            raise ValueError(
+            raise UserError(
                 f"A pattern must match a parameter path; got {what}={pattern!r}, which matches "
                 f"none of {len(paths)}. Nearest paths: {', '.join(near)}."
             )
@@ -209,22 +208,24 @@ def layer_rates(
         Path -> multiplier, or one multiplier per layer for stacked parameters.
 
     Raises:
-        ValueError: no blocks, or blocks in stacks of different depth.
+        UserError: no blocks, or blocks in stacks of different depth.
 
     Source: InternVideo2 `LayerDecayValueAssigner`; BEiT.
     """
     if not 0 < decay <= 1:
-        raise ValueError(f"layer_decay must be in (0, 1]; got layer_decay={decay}.")
+        raise UserError(f"layer_decay must be in (0, 1]; got layer_decay={decay}.")
     paths = [x.path for x in table]
     in_blocks = matching(blocks, paths, what="blocks of layer_decay")[0]
     numbers = {p: _block_number(p) for p in in_blocks}
     depths = {x.shape[x.stacked] for x in table if x.path in in_blocks and x.stacked is not None}
     if any(n is not None for n in numbers.values()):
         depths.add(1 + max(n for n in numbers.values() if n is not None))
-    if len(depths) != 1:
-        raise ValueError(
+    stacks = {p[: re.search(blocks, p).start()] for p in in_blocks}
+    if len(depths) != 1 or len(stacks) != 1:
+        raise UserError(
             f"Layer-wise decay needs one stack of blocks; the pattern {blocks!r} finds depths "
-            f"{sorted(depths)}. Narrow it, e.g. blocks='encoder/blocks'."
+            f"{sorted(depths)} in {sorted(stacks)[:4]}. Narrow it, e.g. "
+            "layer_decay.blocks='encoder/blocks'."
         )
     depth = depths.pop()
     rates: dict[str, float | tuple[float, ...]] = {}
@@ -325,14 +326,14 @@ def make_optimizer(
         muon: patterns of the 2-D kernels that Muon updates, instead of those of the blocks.
 
     Raises:
-        ValueError: unknown name; a pattern that matches nothing; nothing left to train.
+        UserError: unknown name; a pattern that matches nothing; nothing left to train.
 
     Source: Muon's scale: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f'Unknown optimizer "{name}".{nearest(name, OPTIMIZERS)}')
+        raise UserError(f'Unknown optimizer "{name}".{nearest(name, OPTIMIZERS)}')
     if muon and name != "muon":
-        raise ValueError(f'muon patterns belong to optimizer "muon"; got them with name="{name}".')
+        raise UserError(f'muon patterns belong to optimizer "muon"; got them with name="{name}".')
     table = plan(
         name,
         params,
@@ -353,7 +354,7 @@ def make_optimizer(
     }
     used = {leaf.rule for leaf in table}
     if used == {"frozen"}:
-        raise ValueError(f"Something must be trainable; freeze={tuple(freeze)} matches everything.")
+        raise UserError(f"Something must be trainable; freeze={tuple(freeze)} matches everything.")
     directions = {rule: rules[rule]() for rule in sorted(used)}
     labels = lambda tree: _by_path(lambda path, _: by_path[path].rule, tree)
     tx = optax.chain(

@@ -17,6 +17,7 @@ from flax.core import meta
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
 PyTree = Any
@@ -132,23 +133,23 @@ def mesh_sizes(
     """Fills in the one size that is -1 and checks the product against the device count.
 
     Raises:
-        ValueError: more than one -1, a size below 1, or a product that is not `devices`.
+        UserError: more than one -1, a size below 1, or a product that is not `devices`.
     """
     sizes = dict(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
     said = ", ".join(f"{k}={v}" for k, v in sizes.items())
     for name, size in sizes.items():
         if not isinstance(size, int) or (size < 1 and size != -1):
-            raise ValueError(
+            raise UserError(
                 f"Mesh sizes must be whole numbers >= 1, or -1 for 'the rest'; got mesh.{name}={size!r}."
             )
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise ValueError(
+        raise UserError(
             f"At most one mesh size may be -1; got {said}. Write numbers for all but one of them."
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if devices % fixed or (not open_axes and fixed != devices):
-        raise ValueError(
+        raise UserError(
             f"The product of the mesh sizes must be the number of devices, {devices}; got {said}, "
             f"product {fixed}. Each size must divide {devices} (its divisors: "
             f"{_listed(divisors(devices))}), or write -1 for one of them."
@@ -180,7 +181,7 @@ def make_mesh(
         devices: default all devices of all processes.
 
     Raises:
-        ValueError: sizes that do not fit the devices, or `data` that the slices do not divide.
+        UserError: sizes that do not fit the devices, or `data` that the slices do not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
@@ -190,7 +191,7 @@ def make_mesh(
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         if sizes["data"] % slices:
-            raise ValueError(
+            raise UserError(
                 f"mesh.data must be a multiple of the number of slices, {slices}: data is the axis "
                 f"that crosses slices; got data={sizes['data']}. Lower fsdp, tensor or sequence, so "
                 f"that their product fits one slice of {len(devices) // slices} devices."
@@ -203,25 +204,25 @@ def make_mesh(
 
 
 def check_batch(mesh: Mesh, batch_size: int, *, accumulation: int = 1, name="batch_size") -> None:
-    """Raises ValueError unless every device gets the same number of rows in every microbatch."""
+    """Raises UserError unless every device gets the same number of rows in every microbatch."""
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     unit = data * fsdp * accumulation
     if accumulation < 1:
-        raise ValueError(f"accumulation must be at least 1; got accumulation={accumulation}.")
+        raise UserError(f"accumulation must be at least 1; got accumulation={accumulation}.")
     if batch_size < 1 or batch_size % unit:
         low = batch_size // unit * unit
         near = [n for n in (low, low + unit) if n > 0]
-        raise ValueError(
+        raise UserError(
             f"{name} must be a multiple of data*fsdp*accumulation = {data}*{fsdp}*{accumulation} = "
             f"{unit}; got {name}={batch_size}. Nearest valid: {_listed(near)}."
         )
 
 
 def check_heads(mesh: Mesh, heads: int, *, name="heads") -> None:
-    """Raises ValueError unless the tensor axis splits attention between whole heads."""
+    """Raises UserError unless the tensor axis splits attention between whole heads."""
     tensor = mesh.shape["tensor"]
     if heads % tensor:
-        raise ValueError(
+        raise UserError(
             f"The number of heads must be a multiple of mesh.tensor; got {name}={heads}, "
             f"tensor={tensor}. Use mesh.tensor from: {_listed(divisors(heads))}."
         )
@@ -278,7 +279,7 @@ def _param_sharding(path: str, leaf: Any, names: Sequence, mesh: Mesh, rules: Ma
     for name, size, axes in zip(names, leaf.shape, where):
         parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
         if size % parts:
-            raise ValueError(
+            raise UserError(
                 f"Each dimension of a parameter must be a multiple of its mesh axes; got {path} "
                 f"{leaf.shape}, axis {name!r} = {size} over {axes} = {parts}. "
                 f"Use a size of mesh.{axes} from: {_listed(divisors(size)[:20])}."
@@ -290,7 +291,7 @@ def param_shardings(boxed: PyTree, mesh: Mesh, rules: Mapping = RULES) -> PyTree
     """A NamedSharding for each parameter (the tree has no boxes).
 
     Raises:
-        ValueError: unknown axis name, or a dimension that its mesh axes do not divide.
+        ValueError: unknown axis name. UserError: a dimension that its mesh axes do not divide.
     """
     names = logical_axes(boxed)
     return jax.tree_util.tree_map_with_path(
@@ -408,7 +409,7 @@ def rows_of_process(mesh: Mesh, batch_size: int, process_index: int | None = Non
         int64 [rows], ascending row numbers in [0, batch_size).
 
     Raises:
-        ValueError: `batch_size` is no multiple of data*fsdp.
+        UserError: `batch_size` is no multiple of data*fsdp.
     """
     check_batch(mesh, batch_size)
     each = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
