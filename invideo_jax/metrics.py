@@ -15,6 +15,7 @@ and resumed.
 """
 
 import collections
+import fractions
 import json
 import math
 import os
@@ -352,7 +353,7 @@ def png(picture: np.ndarray) -> bytes:
         )
     context = av.CodecContext.create("png", "w")
     context.height, context.width = picture.shape[:2]
-    context.pix_fmt, context.time_base = "rgb24", "1/25"
+    context.pix_fmt, context.time_base = "rgb24", fractions.Fraction(1, 25)
     context.options = {"pred": "mixed"}  # a filter per row: photographs get a third smaller
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
     return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])

@@ -143,13 +143,9 @@ class Progress:
         by_name = {name.rpartition("/")[2]: value for name, value in values.items()}
         digits = len(str(self.total_steps))
         parts = [f"{self.stage[:12]} {step:>{digits}}/{self.total_steps}"]
-        for label, name, form in (
-            ("loss", "loss", ".4f"),
-            ("lr", "lr", ".1e"),
-            ("grad", "grad_norm", ".2g"),
-        ):
+        for name, label, form in _FIGURES:
             if isinstance(by_name.get(name), (int, float)):
-                parts.append(f"{label} {by_name[name]:{form}}")
+                parts.append(f"{label} {form(by_name[name])}")
         if by_name.get("skipped"):
             parts.append(f"skipped {by_name['skipped']:.0f}")
         parts.append(f"{quantity(perf['perf/clips_per_s'])}clips/s")
@@ -160,6 +156,18 @@ class Progress:
         parts.append(f"data {100 * perf['perf/data_wait']:.1f}%")
         parts.append(f"left {duration(left)}")
         return "  ".join(parts)
+
+
+def _plain(value: float) -> str:
+    """Two decimals where they say something, else a power of ten."""
+    return f"{value:.2f}" if 0.01 <= abs(value) < 1000 else f"{value:.1e}"
+
+
+_FIGURES = (
+    ("loss", "loss", "{:.4f}".format),
+    ("learning_rate", "lr", "{:.1e}".format),
+    ("grad_norm", "grad", _plain),
+)
 
 
 def quantity(value: float) -> str:

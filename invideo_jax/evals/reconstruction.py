@@ -23,7 +23,9 @@ class Evaluator:
     """Reconstruction of hidden patches.
 
     `run` gives what `eval_loss` gives (by name; a loss on normalised targets is 1.0 for a model that
-    predicts each patch's mean), and `psnr`: decibels on hidden pixels, the mean over clips.
+    predicts each patch's mean), and `psnr`: decibels on hidden pixels, the mean over clips. A model of
+    normalised patches is given their true mean and contrast back before PSNR is measured, so compare
+    it with models of the same kind only.
 
     Args:
         batches: called for each evaluation; gives device batches (`video`, `position`, `valid`, ...),
@@ -52,22 +54,25 @@ class Evaluator:
 
     def run(self, params: Any, step: int) -> Iterator[tuple[str, float]]:
         """Evaluates once; see the package's docstring for the contract."""
-        parts, kept = [], []
-        for batch in self.batches():
-            means = dict(self.eval_loss(params, batch))
-            clips = self.reconstruct(params, batch)
-            means["psnr"] = self._psnr(*clips, batch["valid"])
-            parts.append(means)
-            missing = self.pictures - len(kept)
-            if missing > 0:
-                kept += _first_valid(clips, batch, missing)
-        if not parts:
+        kept: list[dict[str, np.ndarray]] = []
+        values = merge_means(
+            self._measure(params, kept)
+        )  # reads batch by batch: memory stays small
+        if not values:
             raise ValueError(
                 "batches must give at least one batch; got none. Check the eval split."
             )
         if kept and jax.process_index() == 0:
             save(self.folder / f"step_{step:08d}.npz", kept)
-        yield from sorted(merge_means(parts).items())
+        yield from sorted(values.items())
+
+    def _measure(self, params: Any, kept: list) -> Iterator[dict[str, Mean]]:
+        """Means of one batch after the other; fills `kept` with clips to look at."""
+        for batch in self.batches():
+            clips = self.reconstruct(params, batch)
+            if len(kept) < self.pictures:
+                kept += _first_valid(clips, batch, self.pictures - len(kept))
+            yield dict(self.eval_loss(params, batch)) | {"psnr": self._psnr(*clips, batch["valid"])}
 
 
 def psnr(
