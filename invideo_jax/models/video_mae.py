@@ -132,6 +132,7 @@ class VideoMAE(nn.Module):
         *,
         keys: jax.Array | None = None,
         features: Sequence[int] = (),
+        decoder_features: Sequence[int] = (),
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Predicts the pixels of hidden cubes.
 
@@ -140,14 +141,13 @@ class VideoMAE(nn.Module):
             visible: int32 [B, V], ids of the tokens that the encoder sees, ascending.
             hidden: int32 [B, M], ids to predict, ascending; in VideoMAE all the others.
             keys: [B] random keys for drop path; None when evaluating.
-            features: encoder blocks whose outputs are wanted.
+            features, decoder_features: blocks whose outputs are wanted.
 
         Returns:
-            Predictions [B, M, tubelet*patch*patch*C], and {'encoder': [B, V, D], ...features,
-            'decoder_in': [B, V+M, Dd], 'decoder': [B, V+M, Dd] before the last norm}.
+            Predictions [B, M, tubelet*patch*patch*C], and what `encode` and `decode` name.
         """
         encoded, out = self.encode(video, visible, keys=keys, features=features)
-        decoded, more = self.decode(encoded, visible, hidden)
+        decoded, more = self.decode(encoded, visible, hidden, features=decoder_features)
         return decoded, out | more
 
     def encode(
@@ -182,9 +182,19 @@ class VideoMAE(nn.Module):
         return x, out | blocks | {"encoder": x}
 
     def decode(
-        self, encoded: jax.Array, visible: jax.Array, hidden: jax.Array
+        self,
+        encoded: jax.Array,
+        visible: jax.Array,
+        hidden: jax.Array,
+        *,
+        features: Sequence[int] = (),
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Pixels of the hidden tokens, from features of the visible ones."""
+        """Pixels of the hidden tokens, from features of the visible ones.
+
+        Returns:
+            [B, M, tubelet*patch*patch*C], and {'encoder_to_decoder': [B, V, Dd], 'decoder_in':
+            [B, V+M, Dd], 'decoder_block<i>': [B, V+M, Dd] for each block asked for}.
+        """
         table = jnp.asarray(positions.sinusoid(self.tokens, self.decoder_width), self.dtype)
         place = lambda ids: jnp.take(table, ids, axis=0)
         seen = self.encoder_to_decoder(encoded)
@@ -192,8 +202,8 @@ class VideoMAE(nn.Module):
             [seen + place(visible), self.mask_token.astype(self.dtype) + place(hidden)], axis=1
         )
         out = {"encoder_to_decoder": seen, "decoder_in": x}
-        x, _ = self.decoder(x)
-        out["decoder"] = x
+        x, blocks = self.decoder(x, features=features)
+        out |= {f"decoder_{name}": value for name, value in blocks.items()}
         return self.head(self.decoder_norm(x[:, visible.shape[1] :])), out
 
     def _check(self):

@@ -1,0 +1,154 @@
+"""Runs files of numbers from the original models: `python -m tests.golden FILE...`.
+
+A file is NAME.safetensors beside NAME.json (either name is accepted). The json holds the original
+constructor arguments; the tensors are named group/key: `state/` and `in/` go into our model, and
+every other tensor is compared with what comes out. Exit code 1 beyond a bound, for a tensor that
+nothing here can compute, and for a state that does not come back bit for bit.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+Tensors = dict[str, np.ndarray]
+BOUND, BOUND_NORMALISED = 1e-5, 5e-6  # noise of float32 is 5e-6 at values up to 5, and 5e-7
+
+# A kind of file: an argument that only its constructor has, and what runs it:
+# (meta, state, inputs, wanted names) -> Outcome.
+FAMILIES: dict[str, str] = {
+    "encoder_embed_dim": "tests.golden_video_mae:run_original",
+    "decoder_hidden_size": "tests.golden_video_mae:run_hf",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a family computed.
+
+    Attributes:
+        tensors: group/key -> array.
+        state: the state dict, mapped to our parameters and back.
+        normalised: names of outputs of length 1 each, which have the tighter bound.
+    """
+
+    tensors: Mapping[str, Any]
+    state: Mapping[str, np.ndarray]
+    normalised: frozenset[str] = frozenset()
+
+
+def load(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
+    """The json and the tensors of a file; an input it shares with a sibling is taken from there."""
+    path = path.with_suffix("")
+    meta = json.loads(path.with_suffix(".json").read_text())
+    tensors = load_file(path.with_suffix(".safetensors"))
+    sibling = path.with_name(path.name.replace("_hf", "_official")).with_suffix(".safetensors")
+    if not any(name.startswith("in/") for name in tensors) and sibling.exists():
+        given = load_file(sibling)
+        tensors |= {name: given[name] for name in ("in/video", "in/mask") if name in given}
+    return meta, tensors
+
+
+def family(meta: Mapping[str, Any]) -> Callable[..., Outcome]:
+    """What runs files with these constructor arguments; ValueError for an unknown kind."""
+    for argument, target in FAMILIES.items():
+        if argument in meta.get("config", {}):
+            module, name = target.split(":")
+            return getattr(importlib.import_module(module), name)
+    known = ", ".join(FAMILIES)
+    raise ValueError(f"No family knows these constructor arguments; one must be of: {known}.")
+
+
+def difference(ours: Any, theirs: np.ndarray) -> float:
+    """Largest absolute difference; infinite for another shape or where either is not finite."""
+    ours = np.asarray(ours, np.float64)
+    if ours.shape != theirs.shape:
+        return np.inf
+    gap = np.abs(ours - theirs.astype(np.float64))
+    return float(gap.max(initial=0.0)) if np.isfinite(gap).all() else np.inf
+
+
+def _split(tensors: Tensors, group: str) -> Tensors:
+    return {k.removeprefix(group): v for k, v in tensors.items() if k.startswith(group)}
+
+
+def _report(group: str, gaps: Mapping[str, float], bounds: Mapping[str, float]) -> bool:
+    worst = max(gaps, key=lambda name: gaps[name] / bounds[name])
+    good = gaps[worst] <= bounds[worst]
+    print(
+        f"  {'ok  ' if good else 'FAIL'} {group + '/':12} {len(gaps):4} tensors, largest difference "
+        f"{gaps[worst]:.2e} (bound {bounds[worst]:.0e}) in {worst}"
+    )
+    return good
+
+
+def _compare(outcome: Outcome, wanted: Tensors) -> bool:
+    good = True
+    groups = sorted({name.split("/")[0] for name in wanted})
+    for group in groups:
+        names = [n for n in wanted if n.split("/")[0] == group]
+        able = [n for n in names if n in outcome.tensors]
+        unable = [n for n in names if n not in outcome.tensors]
+        gaps = {n: difference(outcome.tensors[n], wanted[n]) for n in able}
+        bounds = {n: BOUND_NORMALISED if n in outcome.normalised else BOUND for n in able}
+        if able:
+            good &= _report(group, gaps, bounds)
+        if unable:
+            good = False
+            print(f"  FAIL {group + '/':12} could not check {', '.join(sorted(unable))}")
+    return good
+
+
+def _state_returns(outcome: Outcome, state: Tensors) -> bool:
+    def same(name):
+        back = outcome.state.get(name)
+        return (
+            back is not None
+            and (back.dtype, back.shape) == (state[name].dtype, state[name].shape)
+            and back.tobytes() == state[name].tobytes()
+        )
+
+    odd = [n for n in state if not same(n)] + [n for n in outcome.state if n not in state]
+    if odd:
+        print(f"  FAIL state/       not bit-identical after the way back: {', '.join(odd[:5])}")
+    else:
+        print(f"  ok   state/       {len(state):4} tensors bit-identical after the way back")
+    return not odd
+
+
+def check(path: pathlib.Path) -> bool:
+    """Runs one file and prints a line for each group; True if everything holds."""
+    print(path.with_suffix("").name)
+    try:
+        meta, tensors = load(path)
+        run = family(meta)
+        state, inputs = _split(tensors, "state/"), _split(tensors, "in/")
+        wanted = {k: v for k, v in tensors.items() if not k.startswith("state/")}
+        outcome = run(meta, state, inputs, list(wanted))
+    except (ValueError, KeyError, OSError) as error:
+        print(f"  FAIL could not run: {error}")
+        return False
+    # Inputs are given, but for those that we compute ourselves (position tables).
+    wanted = {k: v for k, v in wanted.items() if not k.startswith("in/") or k in outcome.tensors}
+    good = _compare(outcome, wanted)
+    return _state_returns(outcome, state) and good
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
+    parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    results = [check(path) for path in parser.parse_args(argv).files]
+    print(f"{sum(results)} of {len(results)} files hold")
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
