@@ -24,6 +24,7 @@ REASONS = {
     "cannot_open": "a video container, but its header is damaged or cut off",
     "no_video_stream": "no picture stream",
     "no_frames": "a picture stream without frames, or none in the asked part",
+    "corrupt_record": "a damaged record in the file that holds the encoded clips",
     "corrupt_packet": "damaged data in the container",
     "corrupt_frame": "a decoded picture is damaged",
     "decode_error": "the decoder failed",
