@@ -113,7 +113,8 @@ def _equation(eqn: core.JaxprEqn) -> int:
         times = eqn.params["length"]
     elif name == "shard_map":
         mesh = eqn.params["mesh"]
-        times = math.prod(mesh.shape[a] for a in eqn.params["manual_axes"])
+        named = "manual_axes" if "manual_axes" in eqn.params else "newly_manual_axes"
+        times = math.prod(mesh.shape[a] for a in eqn.params[named])
     return times * sum(inner)
 
 
@@ -137,7 +138,9 @@ PEAKS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
+    ("TPU v5p", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
     ("TPU7x", 1153.5e12),
     ("V100", 125e12),
     ("A100", 312e12),
