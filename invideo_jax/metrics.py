@@ -297,7 +297,11 @@ class TensorBoardWriter:
                 "Run: pip install 'invideo_jax[tensorboard]', or switch TensorBoard off in the config."
             ) from error
         purge = 0 if steps_done is None else steps_done + 1
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
+        # The name of an event file has whole seconds: a restart within one would overwrite the file.
+        earlier = len(list(pathlib.Path(folder).glob("events.*")))
+        self._writer = tensorboardX.SummaryWriter(
+            str(folder), purge_step=purge, filename_suffix=f".{earlier:06d}"
+        )
 
     def write_scalars(self, step: int, scalars: Mapping[str, Value]) -> None:
         """One curve a name; a vector becomes `name/00`, `name/01`, ..."""
@@ -360,40 +364,32 @@ def png(picture: np.ndarray) -> bytes:
 
 
 class MultiWriter:
-    """Sends everything to several writers; with none of them it does nothing."""
+    """Sends everything to several writers; with none of them it does nothing. See `MetricWriter`."""
 
     def __init__(self, writers: Sequence[MetricWriter]):
         self.writers = tuple(writers)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Value]) -> None:
-        """See `MetricWriter`."""
-        for writer in self.writers:
-            writer.write_scalars(step, scalars)
+        self._each("write_scalars", step, scalars)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """See `MetricWriter`."""
-        for writer in self.writers:
-            writer.write_images(step, images)
+        self._each("write_images", step, images)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """See `MetricWriter`."""
-        for writer in self.writers:
-            writer.write_texts(step, texts)
+        self._each("write_texts", step, texts)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """See `MetricWriter`."""
-        for writer in self.writers:
-            writer.write_hparams(hparams)
+        self._each("write_hparams", hparams)
 
     def flush(self) -> None:
-        """See `MetricWriter`."""
-        for writer in self.writers:
-            writer.flush()
+        self._each("flush")
 
     def close(self) -> None:
-        """See `MetricWriter`."""
+        self._each("close")
+
+    def _each(self, method: str, *arguments: Any) -> None:
         for writer in self.writers:
-            writer.close()
+            getattr(writer, method)(*arguments)
 
     def __enter__(self) -> "MultiWriter":
         return self
@@ -402,7 +398,7 @@ class MultiWriter:
         self.close()
 
 
-def make_writer(
+def open_writers(
     workdir: str | os.PathLike,
     *,
     steps_done: int | None,

@@ -155,7 +155,10 @@ class Progress:
             parts.append(f"MFU {100 * perf['perf/mfu']:.0f}%")
         parts.append(f"data {100 * perf['perf/data_wait']:.1f}%")
         parts.append(f"left {duration(left)}")
-        return "  ".join(parts)
+        line = "  ".join(parts)
+        if len(line) >= _COLUMNS:
+            line = " ".join(part for part in parts if not part.endswith("FLOP/s"))
+        return line
 
 
 def _plain(value: float) -> str:
@@ -163,8 +166,9 @@ def _plain(value: float) -> str:
     return f"{value:.2f}" if 0.01 <= abs(value) < 1000 else f"{value:.1e}"
 
 
+_COLUMNS = 120
 _FIGURES = (
-    ("loss", "loss", "{:.4f}".format),
+    ("loss", "loss", lambda v: f"{v:.4f}" if abs(v) < 1000 else f"{v:.1e}"),
     ("learning_rate", "lr", "{:.1e}".format),
     ("grad_norm", "grad", _plain),
 )

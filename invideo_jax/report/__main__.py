@@ -1,22 +1,19 @@
 """`python -m invideo_jax.report WORKDIR`: makes WORKDIR/report/index.html again."""
 
-import argparse
 import sys
 
-from invideo_jax.errors import UserError
-from invideo_jax.report import page
+from invideo_jax import command_line, report
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Makes the report and says where it is; 2 when the user has to mend something."""
-    parser = argparse.ArgumentParser(prog="python -m invideo_jax.report", description=__doc__)
-    parser.add_argument("workdir", metavar="WORKDIR", help="the folder of a run")
-    options = parser.parse_args(arguments)
-    try:
-        print(page.write(options.workdir))
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+def main(argv: list[str] | None = None) -> int:
+    """Makes the report and prints where it is; mistakes of the user end with code 2."""
+    with command_line.errors_for_people():
+        parser = command_line.Parser(
+            prog="python -m invideo_jax.report",
+            description="Makes WORKDIR/report/index.html from what a run left in WORKDIR.",
+        )
+        parser.add_argument("workdir", metavar="WORKDIR", help="the folder of a run")
+        print(report.build(parser.parse_args(argv).workdir))
     return 0
 
 

@@ -15,7 +15,7 @@ class Line(NamedTuple):
 
     Attributes:
         name: for the legend; '' has no entry there.
-        x: increasing numbers.
+        x: increasing numbers from 0 on; the axis starts at 0.
         y: as many numbers.
         dots: draw the points themselves too (few measurements, like evaluations).
     """
@@ -53,10 +53,10 @@ def chart(
     xs = [x for line in lines for x in line.x]
     ys = [y for line in lines for y in line.y if math.isfinite(y)]
     ys += [reference[0]] if reference else []
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 7), ticks(min(ys), max(ys), 5)
-    x_range = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
+    x_range = (0, max(max(xs), 1))
+    x_ticks, y_ticks = ticks(*x_range, 7), ticks(min(ys), max(ys), 5)
     y_range = (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
-    left, right, top, bottom = 64, 16, 44, 42
+    left, right, top, bottom = 64, 26, 44, 42
     at_x = lambda x: left + (x - x_range[0]) / (x_range[1] - x_range[0]) * (width - left - right)
     at_y = lambda y: (
         height - bottom - (y - y_range[0]) / (y_range[1] - y_range[0]) * (height - top - bottom)

@@ -36,7 +36,7 @@ summary { cursor: pointer; color: #2563eb; }
 """
 
 
-def write(workdir: str | os.PathLike) -> pathlib.Path:
+def build(workdir: str | os.PathLike) -> pathlib.Path:
     """Makes `workdir/report/` from what the run left in `workdir`; an older report is replaced.
 
     Returns:

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable, MutableMapping
 from html import escape
 
+from invideo_jax.config import flatten
 from invideo_jax.progress import duration, quantity
 from invideo_jax.report import pictures
 from invideo_jax.report.curve import Line, chart
@@ -88,7 +89,10 @@ def curves(run: Workdir, files: Files) -> str:
     charts = []
     for title, ending in _SMALL_CHARTS:
         names = [n for n in (*run.names(), "perf/clips_per_s") if n.endswith(ending)]
-        lines = [Line(n.removesuffix(ending) if names[1:] else "", *run.series(n)) for n in names]
+        lines = [
+            Line(n.removesuffix(ending) if names[1:] else "", *run.series(n), n.startswith("eval/"))
+            for n in names
+        ]
         charts.append(chart(lines, title=title, x_label="update", width=474, height=230))
     drawn = "".join(charts)
     return f"<h2>Curves</h2>{big}<div class='charts'>{drawn}</div>" if big or drawn else ""
@@ -127,12 +131,18 @@ def bad_examples(run: Workdir, files: Files) -> str:
 
 
 def configuration(run: Workdir, files: Files) -> str:
-    """What differs from the recipe, and the whole resolved config to unfold."""
-    if not run.config and run.config_diff is None:
+    """What the command line changed in the recipe, and the whole resolved config to unfold."""
+    if not run.config:
         return ""
-    diff = (run.config_diff or "").strip() or "(nothing: the recipe as it is)"
-    whole = _unfold("the whole config", json.dumps(run.config, indent=1, sort_keys=True))
-    return f"<h2>Config</h2><p>Changed from the recipe:</p><pre>{escape(diff)}</pre>{whole}"
+    flat = flatten(run.config)
+    rows = [
+        (key, json.dumps(value), run.config_sources.get(key, "")) for key, value in flat.items()
+    ]
+    typed = [row[:2] for row in rows if row[2].startswith("command line")]
+    changed = _table("", ("changed on the command line", "value"), typed)
+    unchanged = "" if changed else "<p>The recipe as it is: the command line changed nothing.</p>"
+    whole = _fold(f"all {len(rows)} values", _table("", ("key", "value", "set by"), rows))
+    return f"<h2>Config</h2>{changed}{unchanged}{whole}"
 
 
 def parameters(run: Workdir, files: Files) -> str:
@@ -142,7 +152,7 @@ def parameters(run: Workdir, files: Files) -> str:
     total = next(
         (x for x in run.parameters.splitlines() if x.startswith("Total")), "all parameters"
     )
-    return f"<h2>Parameters</h2>{_unfold(total, run.parameters)}"
+    return f"<h2>Parameters</h2>{_fold(total, _preformatted(run.parameters))}"
 
 
 def environment(run: Workdir, files: Files) -> str:
@@ -193,8 +203,13 @@ def _table(title: str, heads, rows) -> str:
     return f"{heading}<table><tr>{head}</tr>{body}</table>"
 
 
-def _unfold(title: str, text: str) -> str:
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+def _fold(title: str, html: str) -> str:
+    """Content that is shown on a click."""
+    return f"<details><summary>{escape(title)}</summary>{html}</details>"
+
+
+def _preformatted(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
 
 
 SECTIONS: tuple[Callable[[Workdir, Files], str], ...] = (

@@ -21,8 +21,9 @@ class Workdir:
         path: the folder.
         records: lines of `metrics.jsonl`, in order.
         config: `config.json`, the resolved config; {} when absent.
-        config_diff: `config.diff`, what differs from the recipe, as text; None when absent.
-        environment: `env.json`: versions, devices, the command; {} when absent.
+        config_sources: `config_sources.json`, where each key was set ('file:line' or 'command line:
+            ...'); {} when absent.
+        environment: `environment.json`: versions, devices, code; {} when absent.
         parameters: `parameters.txt`, the table of parameters; None when absent.
         bad_examples: rows of `bad_examples.jsonl`; [] when absent.
         clips: newest file of `reconstructions/`: arrays by name, uint8 [n, T, H, W, 3]; {} when none.
@@ -32,7 +33,7 @@ class Workdir:
     path: pathlib.Path
     records: list[dict[str, Any]]
     config: dict[str, Any]
-    config_diff: str | None
+    config_sources: dict[str, str]
     environment: dict[str, Any]
     parameters: str | None
     bad_examples: list[dict[str, Any]]
@@ -92,8 +93,8 @@ def read(path: str | os.PathLike) -> Workdir:
         path=path,
         records=records,
         config=_json(path / "config.json"),
-        config_diff=_text(path / "config.diff"),
-        environment=_json(path / "env.json"),
+        config_sources=_json(path / "config_sources.json"),
+        environment=_json(path / "environment.json"),
         parameters=_text(path / "parameters.txt"),
         bad_examples=_rows(path / "bad_examples.jsonl"),
         clips=clips,
