@@ -25,6 +25,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ MAX_TEXT = 20_000  # characters kept of one caption or transcript; longer is a m
 _SHOWN_ERRORS = 10
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """A manifest that can't be read as asked; the message says where and what to do."""
 
 

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypedDict
 
 from invideo_jax.data.decode import BadVideo, check_path
+from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A source that can't be opened or used as asked; the message says what to do."""
 
 

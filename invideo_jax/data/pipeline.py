@@ -1,0 +1,473 @@
+"""From sources to batches: each process reads its rows of every global batch, in workers if asked, and nothing has a cursor.
+
+Global batch n is positions n*B to (n+1)*B of the order. What stands at a position, and every random choice about it, depends
+only on (seed, stage, position). So the batches are the same for every number of processes, workers and threads; a run
+resumes at step n by starting at step n; and any batch can be made alone.
+
+    order -> load one example (decode, replace when bad) -> workers -> rows put into a batch -> a few batches ahead
+"""
+
+import dataclasses
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from invideo_jax.data.bad import BadLedger, NoReplacement, stand_ins
+from invideo_jax.data.decode import BadVideo, Limits
+from invideo_jax.data.order import InTurn, Order, Place, stage_number
+from invideo_jax.data.sources.base import Source, SourceError, digest
+from invideo_jax.data.transforms import ClipSpec, load_clip
+from invideo_jax.data.workers import Board, StartWorker, hang_report, kill
+
+MAX_POSITIONS = 2**32  # positions travel to the device as uint32
+_AHEAD = 2  # decoded clips that each thread, and each worker's queue, may hold
+_CLOSE_SECONDS = 15.0  # how long close() waits for a clip in work before it ends workers by force
+
+Batch = tuple[dict[str, np.ndarray], list[dict[str, Any]]]
+
+
+class DataStalled(RuntimeError):
+    """No batch came for too long."""
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended by itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadExample:
+    """Random access: position of the stage's order -> one loaded row. Pickles into workers.
+
+    A bad video is replaced by another of its source, chosen by `stand_ins`, with the random numbers of the position; an
+    evaluation (`replace=False`) gives an empty row instead, `valid` False.
+
+    Args:
+        tries: examples tried in the place of a bad one before the run stops.
+    """
+
+    sources: tuple[Source, ...]
+    order: Order | InTurn
+    clip: ClipSpec
+    limits: Limits
+    seed: int
+    stage: str
+    replace: bool = True
+    tries: int = 16
+    board: Board | None = None
+
+    def __call__(self, position: int) -> dict[str, Any]:
+        """One row: `video` uint8 [T, S, S, 3] or None, `position`, `label`, `valid`, `info` (see `Loader`).
+
+        Raises:
+            NoReplacement: the example and all its stand-ins are bad.
+        """
+        place = self.order[position]
+        if place is None:
+            return self._row(
+                position, None, None, {"id": "", "want": "", "source": "", "path": ""}, []
+            )
+        source, failed = self.sources[place.source], []
+        want = source.identify(place.record)
+        for record in self._candidates(place):
+            info = {"id": source.identify(record), "want": want, "source": source.name, "path": ""}
+            try:
+                video, example = self._load(source, record, position)
+                return self._row(
+                    position,
+                    video,
+                    example,
+                    info | {"id": example["id"], "path": example["path"]},
+                    failed,
+                )
+            except BadVideo as bad:
+                path = bad.path or _path_of(source, record)
+                failed.append(
+                    {"path": path, "id": info["id"], "reason": bad.reason, "detail": bad.detail}
+                )
+                info["path"] = path
+        if not self.replace:
+            return self._row(position, None, None, info, failed)
+        tried = "\n".join(f"  {f['path']}: {f['reason']} ({f['detail']})" for f in failed[:10])
+        raise NoReplacement(
+            f"A bad video must find a good one in its place; all {len(failed)} tried of the {len(source)} "
+            f"in {source.name} are bad. The first:\n{tried}\n"
+            "Check the data set with `python -m invideo_jax.data.scan`."
+        )
+
+    def _candidates(self, place: Place) -> Iterator[int]:
+        """The record itself, then its stand-ins, drawn only when needed."""
+        yield place.record
+        if self.replace:
+            others = stand_ins(self.seed, place.record, len(self.sources[place.source]))
+            for _, record in zip(range(self.tries), others):
+                yield record
+
+    def _load(self, source: Source, record: int, position: int) -> tuple[np.ndarray, Any]:
+        rng = np.random.default_rng([self.seed, stage_number(self.stage), position])
+        with self._busy(source.identify(record)):
+            example = source[record]
+        with self._busy(example["path"]):
+            video, _ = load_clip(
+                example["video"],
+                self.clip,
+                rng,
+                start=example["start"],
+                end=example["end"],
+                flip_ok=example["flip"],
+                limits=self.limits,
+            )
+        return video, example
+
+    def _busy(self, path: str):
+        return self.board.busy(path) if self.board else nullcontext()
+
+    def _row(self, position, video, example, info, failed) -> dict[str, Any]:
+        info = info | {"bad": failed[0]["reason"] if failed else None, "failed": failed}
+        return {
+            "video": video,
+            "position": position,
+            "label": example["label"] if example else -1,
+            "valid": video is not None,
+            "info": info,
+        }
+
+
+def _path_of(source: Source, record: int) -> str:
+    """A path for messages where the error has none: bytes in memory."""
+    return f"{source.name}: {source.identify(record)}"
+
+
+class _LocalRows:
+    """Random access for Grain: the i-th row that this process reads -> the loaded example."""
+
+    def __init__(
+        self, load: LoadExample, rows: np.ndarray, batch_size: int, start: int, steps: int
+    ):
+        self.load, self.rows, self.batch_size, self.start = load, rows, batch_size, start
+        self.size = steps * len(rows)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, row = divmod(index, len(self.rows))
+        return self.load((self.start + step) * self.batch_size + int(self.rows[row]))
+
+    def __repr__(self) -> str:
+        return f"rows of batches of {self.batch_size} from step {self.start}"
+
+
+class Loader:
+    """Batches of one stage for one process. A context manager; iterate it for (arrays, info) pairs.
+
+    arrays, for the R rows of this process:
+        video     uint8 [R, T, S, S, 3]
+        position  uint32 [R]: place in the stage's order
+        label     int32 [R], -1 unknown
+        valid     bool [R]: False where an evaluation has no clip (behind the end, or a bad file); video is 0 there
+    info, a dict for each row:
+        id, source, path: what the clip is of; want: the id first asked for; bad: why that one was replaced, or None;
+        failed: path, id, reason and detail of all that could not be loaded on the way
+
+    Args:
+        sources, weights: what to read and its share of the examples.
+        clip: what is made of a video.
+        batch_size: B, of all processes together.
+        rows: the rows of the global batch that this process reads, in the order it wants them; two processes may read
+            the same row. Default: all.
+        seed, stage: of the order and of every random choice.
+        start_step: the first batch to give.
+        steps: how many batches; None: without end, in an evaluation to the last example.
+        train: True shuffles, repeats and replaces bad videos. False reads every example once, in order; the last batch is
+            filled up with rows that are not `valid`, and so is the row of a bad video.
+        workers: processes that load; 0 loads in threads of this process. Each costs about 1.5 CPU seconds and 230 MB.
+        threads: loading threads in each worker (or here).
+        prefetch: batches to hold ready.
+        limits: what one video may cost.
+        ledger: told of every batch when it is handed out.
+        hang_seconds: longest wait for a batch.
+        tries: see `LoadExample`.
+
+    Attributes:
+        wait_seconds: time that the consumer has waited for batches so far.
+
+    Raises:
+        SourceError: fewer examples than a batch, or no shared memory for the workers; when constructed.
+        DataStalled, WorkerDied, NoReplacement, TooManyBad: while iterating.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] | None = None,
+        *,
+        clip: ClipSpec,
+        batch_size: int,
+        seed: int,
+        stage: str,
+        rows: Sequence[int] | np.ndarray | None = None,
+        start_step: int = 0,
+        steps: int | None = None,
+        train: bool = True,
+        workers: int = 0,
+        threads: int = 2,
+        prefetch: int = 2,
+        limits: Limits | None = None,
+        ledger: BadLedger | None = None,
+        hang_seconds: float = 600.0,
+        tries: int = 16,
+    ):
+        self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        _check_numbers(
+            batch_size=(batch_size, 1),
+            start_step=(start_step, 0),
+            seed=(seed, 0),
+            workers=(workers, 0),
+            threads=(threads, 0),
+            prefetch=(prefetch, 1),
+            tries=(tries, 1),
+        )
+        _check_rows(self.rows, batch_size)
+        weights = [1.0] * len(sources) if weights is None else list(weights)
+        lengths = [len(source) for source in sources]
+        order = Order(lengths, weights, seed=seed, stage=stage) if train else InTurn(lengths)
+        if train and order.epoch < batch_size:
+            raise SourceError(
+                f"The sources must hold at least one batch; {', '.join(s.name for s in sources)} hold "
+                f"{order.epoch} examples, batch_size={batch_size}. Lower the batch size or add videos."
+            )
+        self.steps = _count_steps(order.epoch, batch_size, start_step, steps, train)
+        self.wait_seconds = 0.0
+        self.batch_size, self.start_step = batch_size, start_step
+        self._workers, self._threads = workers, threads
+        self._ledger, self._hang_seconds, self._clip = ledger, hang_seconds, clip
+        self._board: Board | None = None
+        if workers:
+            _check_shared_memory(workers, clip)
+        self.load = LoadExample(
+            sources=tuple(sources),
+            order=order,
+            clip=clip,
+            limits=limits or Limits(),
+            seed=seed,
+            stage=stage,
+            replace=train,
+            tries=tries,
+        )
+        self.fingerprint = _fingerprint(self.load, weights, batch_size)
+        self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
+        self._stop = threading.Event()
+        self._ended: BaseException | None = None
+        self._thread = threading.Thread(target=self._fetch, name="batches", daemon=True)
+
+    # ------------------------------------------------------------ the consumer's side
+
+    def __enter__(self) -> "Loader":
+        self._board = Board(self._workers, self._threads)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ended is not None:
+            raise self._ended
+        if self._board is None:
+            raise RuntimeError(
+                "A Loader must be entered before it is iterated. Use `with Loader(...) as batches:`."
+            )
+        begin = time.monotonic()
+        try:
+            item = self._wait(begin)
+        finally:
+            self.wait_seconds += time.monotonic() - begin
+        if isinstance(item, BaseException):
+            self._ended = item
+            raise item
+        if self._ledger is not None:
+            self._ledger.observe(item[1])
+        return item
+
+    def _wait(self, begin: float) -> Batch | BaseException:
+        while True:
+            try:
+                return self._ready.get(timeout=0.5)
+            except queue.Empty:
+                waited = time.monotonic() - begin
+                if self._stop.is_set():
+                    raise RuntimeError("The loader is closed; make another one.") from None
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise RuntimeError("The thread that gathers batches has ended.") from None
+                if waited > self._hang_seconds:
+                    raise DataStalled(
+                        f"A batch must come within {self._hang_seconds:g} s (data.hang_seconds); none came for "
+                        f"{waited:.0f} s. " + hang_report(self._board)
+                    ) from None
+
+    def close(self) -> None:
+        """Ends the workers and frees what they hold; a second call does nothing."""
+        if self._stop.is_set() or self._board is None:
+            return
+        self._stop.set()
+        limit = time.monotonic() + _CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < limit:
+            _drain(self._ready)
+            self._thread.join(0.1)
+        if self._thread.is_alive():
+            kill(self._board.pids())
+            self._thread.join(_CLOSE_SECONDS)
+        _drain(self._ready)
+        self._board.close()
+
+    # ------------------------------------------------------------ the fetching thread
+
+    def _fetch(self) -> None:
+        rows = None
+        try:
+            load = dataclasses.replace(self.load, board=self._board)
+            local = _LocalRows(load, self.rows, self.batch_size, self.start_step, self.steps)
+            rows = iter(_dataset(local, self._workers, self._threads))
+            for _ in range(self.steps):
+                batch = self._gather(rows)
+                if batch is None:
+                    return
+                self._put(batch)
+            self._put(StopIteration())
+        except Exception as error:
+            self._put(_explain(error))
+        finally:
+            if rows is not None:
+                rows.close()
+
+    def _gather(self, rows: Any) -> Batch | None:
+        """The next batch; each row is copied once, out of the worker's shared memory. None: closed meanwhile."""
+        count, clip = len(self.rows), self._clip
+        arrays = {
+            "video": np.zeros((count, clip.frames, clip.size, clip.size, 3), np.uint8),
+            "position": np.zeros(count, np.uint32),
+            "label": np.full(count, -1, np.int32),
+            "valid": np.zeros(count, bool),
+        }
+        info = []
+        for number in range(count):
+            if self._stop.is_set():
+                return None
+            row = next(rows)
+            for name in ("position", "label", "valid"):
+                arrays[name][number] = row[name]
+            if row["valid"]:
+                arrays["video"][number] = row["video"]
+            info.append(row["info"])
+        return arrays, info
+
+    def _put(self, item: Batch | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+
+def _dataset(local: _LocalRows, workers: int, threads: int) -> grain.IterDataset:
+    """Grain's part: rows in order, loaded ahead by threads, in worker processes if asked.
+
+    Batches are put together after the workers, never before: only so is the stream the same for every number of them.
+    """
+    # Grain's default holds 500 decoded examples a worker: over 1 GB at 16 frames of 224 pixels.
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * threads)
+    rows = grain.MapDataset.source(local).to_iter_dataset(ahead)
+    if not workers:
+        return rows
+    # Grain 0.2.18 asks an absl flag, which raises where nobody has parsed flags: notebooks, pytest (its issue 1355).
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
+    return rows.mp_prefetch(options, worker_init_fn=StartWorker(os.getpid()))
+
+
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    for name, (value, least) in numbers.items():
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(
+                f"{name} must be a whole number of at least {least}; got {name}={value!r}."
+            )
+
+
+def _check_rows(rows: np.ndarray, batch_size: int) -> None:
+    if rows.ndim != 1 or not len(rows) or rows.min() < 0 or rows.max() >= batch_size:
+        raise ValueError(
+            f"rows must be numbers of rows in [0, {batch_size}), at least one; got rows={rows.tolist()}."
+        )
+
+
+def _count_steps(epoch: int, batch_size: int, start: int, steps: int | None, train: bool) -> int:
+    most = MAX_POSITIONS // batch_size if train else -(-epoch // batch_size)
+    left = max(most - start, 0)
+    if train and steps is not None and steps > left:
+        raise ValueError(
+            f"A stage may hold at most 2^32 examples; got {steps} steps from step {start} with "
+            f"batch_size={batch_size}. Split it in two stages."
+        )
+    return left if steps is None else min(steps, left)
+
+
+def _check_shared_memory(workers: int, clip: ClipSpec) -> None:
+    """Workers hand clips over in /dev/shm; where it is too small they would die by SIGBUS in the middle of a run."""
+    if not os.path.isdir("/dev/shm"):
+        return
+    status = os.statvfs("/dev/shm")
+    free = status.f_bavail * status.f_frsize
+    # Per worker: its queue, the interleaving queue, one in each hand.
+    need = workers * (2 * _AHEAD + 2) * clip.frames * clip.size**2 * 3
+    if need > free:
+        raise SourceError(
+            f"Workers need room for clips in /dev/shm: {need / 2**20:.0f} MiB for data.workers={workers}; "
+            f"{free / 2**20:.0f} MiB are free. Lower data.workers, or start the container with a larger --shm-size."
+        )
+
+
+def _fingerprint(load: LoadExample, weights: Sequence[float], batch_size: int) -> str:
+    """Hash of all that the batches depend on; a resumed run must find the same one."""
+    parts = [load.seed, load.stage, batch_size, repr(load.clip), repr(load.limits), load.replace]
+    for source, weight in zip(load.sources, weights):
+        parts += [source.fingerprint(), weight]
+    return digest(parts)
+
+
+def _explain(error: Exception) -> Exception:
+    if isinstance(error, StopIteration):  # would end the run as if all steps were done
+        return RuntimeError("Grain's iterator ended before the last row that was asked of it.")
+    if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
+        code = str(error).split("exit code")[-1].split(".")[0].strip()
+        hint = {
+            "-9": " (killed: most often the machine ran out of memory)",
+            "-7": " (/dev/shm is full)",
+        }
+        died = WorkerDied(
+            f"A data worker must not end by itself; one ended with exit code {code}{hint.get(code, '')}. "
+            "Lower data.workers or look at the messages above; data.workers=0 loads in this process."
+        )
+        died.__cause__ = error
+        return died
+    return error
+
+
+def _drain(waiting: queue.Queue) -> None:
+    while True:
+        try:
+            waiting.get_nowait()
+        except queue.Empty:
+            return
