@@ -139,3 +139,28 @@ def base() -> ml_collections.ConfigDict:
     c.guard.nonfinite_in_a_row = 10  # skipped updates after which the run stops
     c.guard.hang_seconds = 600.0  # without a step, after which the process ends itself
     return c
+
+
+def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Shrinks every size of a recipe, and keeps its shape: a run of seconds on a CPU.
+
+    Without other data it trains on the built-in dataset.
+    """
+    c.model.size = "Micro"
+    for name in c.stage_order:
+        stage = c.stages[name]
+        stage.length = "20 steps"
+        stage.batch_size = 8
+        stage.clip.frames = 8
+        stage.clip.size = 32
+        stage.clip.stride = 1
+        stage.schedule.warmup = "20%"
+        stage.optimizer.scale_by_batch = 0
+        stage.optimizer.learning_rate = 1e-3
+    c.data.train = c.data.train or "synthetic:data/synthetic"
+    c.checkpoint.every = "10 steps"
+    c.evals.reconstruction.every = "50%"
+    c.evals.reconstruction.examples = 8
+    c.evals.reconstruction.pictures = 2
+    c.log.every = "5 steps"
+    return c

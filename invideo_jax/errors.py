@@ -6,3 +6,5 @@ class UserError(ValueError):
 
     The command lines print the message alone, without a traceback, and exit with code 2.
     """
+
+    exit_code = 2

@@ -84,7 +84,7 @@ class VideoMAE(nn.Module):
         return self.tubelet * self.patch**2 * self.channels
 
     def setup(self):
-        self._check()
+        self.check()
         linear = functools.partial(Linear, dtype=self.dtype)
         block = functools.partial(
             Block,
@@ -206,7 +206,8 @@ class VideoMAE(nn.Module):
         out |= {f"decoder_{name}": value for name, value in blocks.items()}
         return self.head(self.decoder_norm(x[:, visible.shape[1] :])), out
 
-    def _check(self):
+    def check(self) -> None:
+        """Raises UserError where attributes do not fit together; builds nothing."""
         for name, value, unit in [
             ("frames", self.frames, self.tubelet),
             ("image_size", self.image_size, self.patch),
@@ -231,7 +232,7 @@ class VideoMAE(nn.Module):
             )
 
 
-def build(size: str, **overrides: Any) -> VideoMAE:
+def build(size: str, /, **overrides: Any) -> VideoMAE:
     """The model of a row of `sizes.VIDEO_MAE`; `overrides` are attributes of `VideoMAE`.
 
     Raises:

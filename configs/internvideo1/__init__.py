@@ -1,0 +1,1 @@
+"""InternVideo (arXiv:2212.03191): its masked branch is VideoMAE."""

@@ -1,0 +1,176 @@
+"""What the values of a config may be: checked before any device, file or compilation is touched.
+
+Each rule is one row of a table; what depends on the machine (devices, files) is checked by the parts
+that use it. All mistakes of a config are reported together.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import ml_collections
+
+from invideo_jax import build
+from invideo_jax import config as config_lib
+from invideo_jax.errors import UserError
+from invideo_jax.registry import nearest
+from invideo_jax.stages import Duration
+
+Rule = tuple[str, Callable[[Any], bool], str]
+
+_SHARE = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
+_POSITIVE = (lambda v: v > 0, "must be greater than 0")
+_COUNT = (lambda v: v >= 1, "must be at least 1")
+_NOT_NEGATIVE = (lambda v: v >= 0, "must not be negative")
+
+# (pattern of the key, what must hold, the rule in words). A key may match several rows.
+RULES: tuple[Rule, ...] = (
+    ("seed", lambda v: 0 <= v < 2**31, "must be between 0 and 2147483647"),
+    ("total_steps", *_NOT_NEGATIVE),
+    ("model.drop_path", *_SHARE),
+    ("model.layer_scale", *_NOT_NEGATIVE),
+    ("stages.*.batch_size", *_COUNT),
+    ("stages.*.accumulation", *_COUNT),
+    ("stages.*.mask.ratio", lambda v: 0 < v < 1, "must lie between 0 and 1, both excluded"),
+    ("stages.*.ema_decay", *_SHARE),
+    ("stages.*.optimizer.learning_rate", *_POSITIVE),
+    ("stages.*.optimizer.scale_by_batch", *_NOT_NEGATIVE),
+    ("stages.*.optimizer.b1", *_SHARE),
+    ("stages.*.optimizer.b2", *_SHARE),
+    ("stages.*.optimizer.eps", *_POSITIVE),
+    ("stages.*.optimizer.weight_decay", *_NOT_NEGATIVE),
+    ("stages.*.optimizer.layer_decay", lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
+    ("stages.*.optimizer.clip_norm", *_NOT_NEGATIVE),
+    ("stages.*.schedule.final", *_NOT_NEGATIVE),
+    ("data.workers", *_NOT_NEGATIVE),
+    ("data.threads", *_NOT_NEGATIVE),
+    ("data.bad_share", lambda v: 0 <= v <= 1, "must be between 0 and 1"),
+    ("data.bad_count", *_NOT_NEGATIVE),
+    ("data.max_megapixels", *_POSITIVE),
+    ("data.max_hours", *_POSITIVE),
+    ("data.decode_seconds", *_POSITIVE),
+    ("mesh.*", lambda v: v == -1 or v >= 1, "must be at least 1, or -1 for all remaining devices"),
+    ("checkpoint.keep_last", *_COUNT),
+    ("checkpoint.keep_best", *_NOT_NEGATIVE),
+    ("evals.*.examples", *_COUNT),
+    ("evals.*.pictures", *_NOT_NEGATIVE),
+    ("guard.nonfinite_in_a_row", *_COUNT),
+    ("guard.hang_seconds", *_POSITIVE),
+)
+
+# Keys that hold a duration; False: zero is allowed and switches the thing off.
+DURATIONS = {
+    "stages.*.length": True,
+    "stages.*.schedule.warmup": False,
+    "stages.*.schedule.decay": False,
+    "checkpoint.every": True,
+    "evals.*.every": False,
+    "log.every": True,
+}
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """Keys whose value is a name out of a list."""
+    return {
+        "compute_dtype": ("auto", "float32", "bfloat16"),
+        "model.name": tuple(build.MODELS),
+        "model.remat": build.REMAT_POLICIES,
+        "stages.*.step": tuple(build.STEPS),
+        "stages.*.optimizer.name": build.OPTIMIZERS,
+        "stages.*.schedule.name": build.SCHEDULES,
+        "stages.*.mask.name": build.MASKS,
+        "stages.*.objective": build.OBJECTIVES,
+        "stages.*.normalisation": build.NORMALISATIONS,
+    }
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises one UserError that lists every mistake in the config."""
+    config_lib.require_finite(config)
+    flat = config_lib.flatten(config)
+    mistakes = [*_single_values(flat)]
+    if not mistakes:  # the following combine values, each of which must make sense by itself
+        mistakes += [
+            *_whole_run(config),
+            *(m for n in config.stage_order for m in _stage(config, n)),
+        ]
+    if mistakes:
+        head = "The config has a mistake:" if len(mistakes) == 1 else f"{len(mistakes)} mistakes:"
+        raise UserError("\n".join([head, *(f"  {m}" for m in mistakes)]))
+
+
+def _single_values(flat: dict[str, Any]) -> Iterator[str]:
+    for key, value in flat.items():
+        for pattern, holds, rule in RULES:
+            if fnmatchcase(key, pattern) and not holds(value):
+                yield f"{key} {rule}; got {key}={value}."
+        for pattern, names in choices().items():
+            if fnmatchcase(key, pattern) and value not in names:
+                yield f"{key} must be one of {', '.join(names)}; got {key}={value!r}.{nearest(value, names)}"
+        for pattern, positive in DURATIONS.items():
+            if fnmatchcase(key, pattern):
+                yield from _duration(key, value, positive)
+
+
+def _duration(key: str, value: Any, positive: bool) -> Iterator[str]:
+    try:
+        if Duration.parse(value, name=key).amount == 0 and positive:
+            yield f"{key} must be more than nothing; got {key}={value!r}."
+    except UserError as error:
+        yield str(error)
+
+
+def _whole_run(config: ml_collections.ConfigDict) -> Iterator[str]:
+    if not config.data.train:
+        yield (
+            "data.train must name the training videos; got an empty one. Give a folder, a manifest, "
+            "synthetic:FOLDER, tfds:NAME or arrayrecord:GLOB: --config.data.train=FOLDER"
+        )
+    rest = [axis for axis in config.mesh if config.mesh[axis] == -1]
+    if len(rest) > 1:
+        yield f"mesh must leave one size to fill in; got -1 for {' and '.join(sorted(rest))}."
+    if not config.stage_order:
+        yield "stage_order must name at least one stage; got stage_order=()."
+    for name in config.stage_order:
+        if name not in config.stages:
+            yield f'stage_order names "{name}", which stages lacks.{nearest(name, config.stages)}'
+    if len(set(config.stage_order)) < len(config.stage_order):
+        yield f"stage_order must name each stage once; got stage_order={config.stage_order}."
+    shares = [n for n in config.stage_order if n in config.stages and _in_percent(config.stages[n])]
+    if shares and not config.total_steps:
+        yield f"stages.{shares[0]}.length is a share of total_steps; set total_steps."
+
+
+def _in_percent(stage: ml_collections.ConfigDict) -> bool:
+    return Duration.parse(stage.length).unit == "percent"
+
+
+def _stage(config: ml_collections.ConfigDict, name: str) -> Iterator[str]:
+    """Mistakes that show when the parts of a stage are put together."""
+    if name not in config.stages:
+        return
+    stage, at = config.stages[name], f"stages.{name}"
+    if stage.batch_size % stage.accumulation:
+        near = [a for a in range(1, stage.batch_size + 1) if stage.batch_size % a == 0]
+        near = min(near, key=lambda a: abs(a - stage.accumulation))
+        yield (
+            f"{at}.accumulation must divide {at}.batch_size; got accumulation={stage.accumulation}, "
+            f"batch_size={stage.batch_size}. The nearest that does is {near}."
+        )
+    if stage.schedule.final > stage.optimizer.learning_rate:
+        yield (
+            f"{at}.schedule.final must be at most {at}.optimizer.learning_rate; got "
+            f"final={stage.schedule.final}, learning_rate={stage.optimizer.learning_rate}."
+        )
+    for pattern in stage.optimizer.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"{at}.optimizer.freeze must hold regular expressions; {pattern!r}: {error}."
+    for part in (build.clip_spec, build.mask_sizes):
+        try:
+            part(config, name)
+        except (ValueError, TypeError) as error:
+            yield f"{at}: {error}"
+            return  # a later part fails for the same reason
