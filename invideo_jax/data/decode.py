@@ -34,6 +34,7 @@ __all__ = ["BadVideo", "Limits", "VideoInfo", "VideoReader", "View", "check_path
 _CAN_SKIP = ("h264", "hevc", "vp9")
 # A cut file: the declared end is further away than this from the last frame (seconds, share of the declared length).
 _CUT_SECONDS, _CUT_SHARE = 0.5, 0.05
+_END = float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ class _Table:
     key_pts: list[int]
     key_dts: list[int]
     exact: bool  # times present and distinct, so that a frame is known by its time
+    partial: bool = False  # does not begin at the start of the file
     shown: list[int] | None = None  # the frames of the asked part, None for all
     end: int = 0  # where the last frame ends, in time base units
     end_byte: int = 0  # where the last packet ends in the file
@@ -185,42 +187,47 @@ class VideoReader:
     # The table of frames ---------------------------------------------------------------------------------------------
 
     def _read_part(self, start: float | None, end: float | None) -> _Table:
-        stream, scale = self._stream, float(self._stream.time_base)
+        stream = self._stream
         if start is None and end is None:
-            table = self._scan_packets(None)
+            table = self._scan_packets(_END)
             self._origin = table.pts[0]
             self._check_whole(table)
             return table
-        self._origin = stream.start_time or 0
-        low = self._origin + round((start or 0) / scale)
-        high = None if end is None else self._origin + round(end / scale)
-        table = self._read_table(low, high) if stream.start_time is not None else None
+        table = None
+        if stream.start_time is not None and self._stores_times():
+            self._origin = stream.start_time
+            table = self._read_around(*self._bounds(start, end))
         if table is None or not table.exact:
-            table = self._read_table(None, None)
+            self._reopen()
+            table = self._scan_packets(_END)
             self._origin = table.pts[0]
-            low, high = (
-                v if v is None else v - (stream.start_time or 0) + self._origin for v in (low, high)
-            )
-        table.shown = [
-            i for i, pts in enumerate(table.pts) if pts >= low and (high is None or pts < high)
-        ]
+        low, high = self._bounds(start, end)
+        table.shown = [i for i, pts in enumerate(table.pts) if low <= pts < high]
         if not table.shown:
             raise BadVideo("no_frames", self.path, f"none between {start} s and {end} s")
         return table
 
-    def _read_table(self, low: int | None, high: int | None) -> _Table:
-        """Lists the frames of the file, or those around [low, high) with the keyframe before it."""
-        if low is None:
-            self._reopen()
-            return self._scan_packets(None)
+    def _bounds(self, start: float | None, end: float | None) -> tuple[float, float]:
+        """Seconds from the beginning as times of the stream, less a little for rounding of the seconds."""
+        scale = float(self._stream.time_base)
+        high = _END if end is None else self._origin + end / scale - 1e-3
+        return self._origin + (start or 0) / scale - 1e-3, high
+
+    def _stores_times(self) -> bool:
+        """Whether the format itself says when frames are shown; AVI and raw streams leave it to guesses."""
+        return any(n in self._container.format.name for n in ("mp4", "matroska", "mpegts"))
+
+    def _read_around(self, low: float, high: float) -> _Table:
+        """Lists the frames around [low, high), from the keyframe before it."""
         back = 0
         while low - back > self._stream.start_time:
             try:
-                self._container.seek(low - back, stream=self._stream)
+                self._container.seek(int(low - back), stream=self._stream)
             except av.FFmpegError:
                 break  # a format without seeking
             table = self._scan_packets(high)
             if table.key_pts and table.key_pts[0] <= low:
+                table.partial = True
                 return table
             back = max(
                 2 * back, round(2 / self._stream.time_base)
@@ -232,14 +239,14 @@ class VideoReader:
         self._container.close()
         self._container, self._stream = open_container(self._source, self.limits, self.path)
 
-    def _scan_packets(self, high: int | None) -> _Table:
+    def _scan_packets(self, high: float) -> _Table:
         frames, keys, position, present = [], [], 0, True
         table = _Table([], [], [], [], exact=True)
         for packet in self._packets():
             if packet.is_corrupt:
                 raise BadVideo("corrupt_packet", self.path, f"packet {position}")
             pts, dts = packet.pts, packet.dts
-            if high is not None and dts is not None and dts >= high:
+            if dts is not None and dts >= high:
                 break
             if pts is None:
                 present, pts = False, (position if dts is None else dts)
@@ -261,8 +268,15 @@ class VideoReader:
         table.key_pts, table.key_dts = [k[0] for k in keys], [k[1] for k in keys]
         ordered = all(a < b for a, b in zip(table.key_pts, table.key_pts[1:]))
         distinct = len(set(table.pts)) == len(table.pts)
-        table.exact = present and bool(keys) and ordered and distinct
+        table.exact = (
+            present and bool(keys) and ordered and distinct and self._times_are_real(table)
+        )
         return table
+
+    def _times_are_real(self, table: _Table) -> bool:
+        """False for B-frames whose showing times neither the format nor the parser knows."""
+        rising = all(a < b for a, b in zip(table.positions, table.positions[1:]))
+        return self._stores_times() or not (rising and self._stream.codec_context.has_b_frames)
 
     def _packets(self):
         """The packets with data of the picture stream, from where the container stands; watches the clock."""
@@ -350,8 +364,8 @@ class VideoReader:
         by_pts = {table.pts[i]: i for i in members}
         remaining = set(by_pts)  # packets still to be fed
         key_pts, key_dts = table.key_pts[key], table.key_dts[key]
-        # MP4 is indexed by decoding time, Matroska by showing time.
-        target = key_dts if "mp4" in self._container.format.name else key_pts
+        # Matroska is indexed by showing time; MP4, AVI and transport streams by decoding time.
+        target = key_pts if "matroska" in self._container.format.name else key_dts
         can_skip = context.name in _CAN_SKIP
         try:
             self._container.seek(target, stream=self._stream)
@@ -399,7 +413,7 @@ class VideoReader:
     def _count(self, wanted: list[int], images: "_Images") -> None:
         """Decodes from the start of the file in a fresh container, and counts."""
         self._reopen()
-        by_time = self._table.shown is not None and self._table.exact
+        by_time = self._table.partial  # frame numbers do not start at the first of the file
         keys = [self._table.pts[i] for i in wanted] if by_time else wanted
         missing, seen = dict(zip(keys, wanted)), 0
         images.done.clear()
@@ -435,6 +449,11 @@ class _Images:
         self.done: dict[int, np.ndarray] = {}
 
     def add(self, index: int, frame: av.VideoFrame) -> None:
+        limit = self._reader.limits.max_pixels
+        if frame.width * frame.height > limit:  # the header may have said less
+            raise BadVideo(
+                "too_large", self._reader.path, f"{frame.width} x {frame.height}, limit {limit}"
+            )
         if self._reader._first is None:
             self._reader._first = (shown_size(frame), quarter_turns(frame))
         if self._scaler is None:

@@ -162,7 +162,7 @@ def open_container(
         container = av.open(
             target,
             metadata_errors="replace",  # titles in any encoding must not stop the video
-            options={"max_pixels": str(limits.max_pixels)},
+            options={"max_pixels": _decoder_limit(limits)},
             container_options={"protocol_whitelist": "file", "format_whitelist": FORMATS},
             timeout=(seconds, seconds) if isinstance(source, str) else None,
         )
@@ -194,6 +194,11 @@ def _head(path: str) -> bytes:
         raise BadVideo("permission", path, error.strerror or "") from None
 
 
+def _decoder_limit(limits: Limits) -> str:
+    """What FFmpeg refuses before allocating. It counts padding too, so the exact limit is checked apart from it."""
+    return str(2 * limits.max_pixels + 65536)
+
+
 def _text(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
@@ -221,7 +226,7 @@ def _pick_stream(container, limits: Limits, name: str):
     seconds = declared_seconds(container, stream) or 0.0
     if seconds > limits.max_seconds:
         raise BadVideo("too_long", name, f"{seconds:.0f} s, limit {limits.max_seconds:g} s")
-    context.options = {"max_pixels": str(limits.max_pixels)}
+    context.options = {"max_pixels": _decoder_limit(limits)}
     # Slice or frame threads cost 5 to 30 % more CPU, and PyAV's default (all cores) can hang inside workers;
     # the parallelism is in the pipeline's processes.
     context.thread_count = 1
