@@ -405,7 +405,9 @@ def _captions(value: Any) -> list[str]:
 def _label(value: Any) -> int | str:
     if isinstance(value, bool) or isinstance(value, list | dict):
         raise ManifestError(f"label must be a class number or a name, got {value!r}")
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ManifestError(f"label must be a class number or a name, got {value!r}")
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)

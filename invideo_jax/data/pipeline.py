@@ -8,6 +8,7 @@ resumes at step n by starting at step n; and any batch can be made alone.
 """
 
 import dataclasses
+import gc
 import os
 import queue
 import threading
@@ -23,7 +24,7 @@ from absl import flags
 from invideo_jax.data.bad import BadLedger, NoReplacement, stand_ins
 from invideo_jax.data.decode import BadVideo, Limits
 from invideo_jax.data.order import InTurn, Order, Place, stage_number
-from invideo_jax.data.sources.base import Source, SourceError, digest
+from invideo_jax.data.sources.base import Example, Source, SourceError, digest
 from invideo_jax.data.transforms import ClipSpec, load_clip
 from invideo_jax.data.workers import Board, StartWorker, hang_report, kill
 
@@ -71,28 +72,34 @@ class LoadExample:
         """
         place = self.order[position]
         if place is None:
-            return self._row(
-                position, None, None, {"id": "", "want": "", "source": "", "path": ""}, []
-            )
-        source, failed = self.sources[place.source], []
-        want = source.identify(place.record)
+            nothing = {"id": "", "want": "", "source": "", "path": ""}
+            return self._row(position, None, None, nothing, [])
+        source, failed, want = self.sources[place.source], [], None
         for record in self._candidates(place):
-            info = {"id": source.identify(record), "want": want, "source": source.name, "path": ""}
+            name = source.identify(record)
+            info = {"id": name, "want": want or name, "source": source.name, "path": name}
             try:
-                video, example = self._load(source, record, position)
-                return self._row(
-                    position,
-                    video,
-                    example,
-                    info | {"id": example["id"], "path": example["path"]},
-                    failed,
-                )
+                with self._busy(name):
+                    example = source[record]
+                info |= {
+                    "id": example["id"],
+                    "want": want or example["id"],
+                    "path": example["path"],
+                }
+                with self._busy(example["path"]):
+                    video = self._decode(example, position)
+                return self._row(position, video, example, info, failed)
             except BadVideo as bad:
-                path = bad.path or _path_of(source, record)
+                info["path"] = bad.path or info["path"]
                 failed.append(
-                    {"path": path, "id": info["id"], "reason": bad.reason, "detail": bad.detail}
+                    {
+                        "path": info["path"],
+                        "id": info["id"],
+                        "reason": bad.reason,
+                        "detail": bad.detail,
+                    }
                 )
-                info["path"] = path
+                want = info["want"]
         if not self.replace:
             return self._row(position, None, None, info, failed)
         tried = "\n".join(f"  {f['path']}: {f['reason']} ({f['detail']})" for f in failed[:10])
@@ -110,21 +117,18 @@ class LoadExample:
             for _, record in zip(range(self.tries), others):
                 yield record
 
-    def _load(self, source: Source, record: int, position: int) -> tuple[np.ndarray, Any]:
+    def _decode(self, example: Example, position: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, stage_number(self.stage), position])
-        with self._busy(source.identify(record)):
-            example = source[record]
-        with self._busy(example["path"]):
-            video, _ = load_clip(
-                example["video"],
-                self.clip,
-                rng,
-                start=example["start"],
-                end=example["end"],
-                flip_ok=example["flip"],
-                limits=self.limits,
-            )
-        return video, example
+        video, _ = load_clip(
+            example["video"],
+            self.clip,
+            rng,
+            start=example["start"],
+            end=example["end"],
+            flip_ok=example["flip"],
+            limits=self.limits,
+        )
+        return video
 
     def _busy(self, path: str):
         return self.board.busy(path) if self.board else nullcontext()
@@ -138,11 +142,6 @@ class LoadExample:
             "valid": video is not None,
             "info": info,
         }
-
-
-def _path_of(source: Source, record: int) -> str:
-    """A path for messages where the error has none: bytes in memory."""
-    return f"{source.name}: {source.identify(record)}"
 
 
 class _LocalRows:
@@ -329,6 +328,9 @@ class Loader:
             kill(self._board.pids())
             self._thread.join(_CLOSE_SECONDS)
         _drain(self._ready)
+        if self._workers:
+            # Grain's iterators are cycles that hold the last clip of each worker in /dev/shm until they are collected.
+            gc.collect()
         self._board.close()
 
     # ------------------------------------------------------------ the fetching thread
