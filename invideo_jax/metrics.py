@@ -27,8 +27,6 @@ import jax
 import numpy as np
 from absl import logging
 
-from invideo_jax.errors import UserError
-
 Value = float | list[float]
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -214,7 +212,11 @@ class JsonlWriter:
             self._file.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        if (written := self._file.write(line)) != len(line):
+            raise OSError(
+                f"{self.path}: only {written} of {len(line)} bytes written. Is the disk full?"
+            )
 
 
 def _lines_until(path: pathlib.Path, steps_done: int) -> Iterable[bytes]:
@@ -277,73 +279,6 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 def deterministic(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without what depends on the clock: the part that is equal in a resumed run."""
     return {name: value for name, value in record.items() if name != "perf"}
-
-
-class TensorBoardWriter:
-    """Event files for TensorBoard, without TensorFlow; needs the extra `tensorboard`.
-
-    Args:
-        folder: where the event files go.
-        steps_done: step of the checkpoint that the run resumes from: TensorBoard then forgets events of
-            later steps. None forgets all earlier events of the folder.
-    """
-
-    def __init__(self, folder: str | os.PathLike, *, steps_done: int | None = None):
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise UserError(
-                "Writing TensorBoard files needs the package tensorboardX, which is not installed. "
-                "Run: pip install 'invideo_jax[tensorboard]', or switch TensorBoard off in the config."
-            ) from error
-        purge = 0 if steps_done is None else steps_done + 1
-        # The name of an event file has whole seconds: a restart within one would overwrite the file.
-        earlier = len(list(pathlib.Path(folder).glob("events.*")))
-        self._writer = tensorboardX.SummaryWriter(
-            str(folder), purge_step=purge, filename_suffix=f".{earlier:06d}"
-        )
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Value]) -> None:
-        """One curve a name; a vector becomes `name/00`, `name/01`, ..."""
-        for name, value in scalars.items():
-            if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
-                for i, v in enumerate(np.ravel(value)):
-                    self._writer.add_scalar(f"{name}/{i:02d}", float(v), step)
-            else:
-                self._writer.add_scalar(name, float(value), step)
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Stores uint8 pictures [H, W, 3] or [n, H, W, 3]."""
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        for name, batch in images.items():
-            batch = batch if batch.ndim == 4 else batch[None]
-            for i, picture in enumerate(batch):
-                height, width, _ = picture.shape
-                proto = Summary.Image(
-                    height=height, width=width, colorspace=3, encoded_image_string=png(picture)
-                )
-                tag = name if len(batch) == 1 else f"{name}/{i}"
-                summary = Summary(value=[Summary.Value(tag=tag, image=proto)])
-                self._writer.file_writer.add_summary(summary, step)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Stores texts; TensorBoard reads them as Markdown."""
-        for name, text in texts.items():
-            self._writer.add_text(name, text, step)
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Stores the parameters as one text table."""
-        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(hparams.items()))
-        self.write_texts(0, {"hparams": f"| name | value |\n|---|---|\n{rows}"})
-
-    def flush(self) -> None:
-        """Writes what waits."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Flushes and closes."""
-        self._writer.close()
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -417,6 +352,8 @@ def open_writers(
     workdir = pathlib.Path(workdir)
     writers: list[MetricWriter] = []
     if tensorboard:
+        from invideo_jax.tensorboard import TensorBoardWriter
+
         writers.append(TensorBoardWriter(workdir / "tb", steps_done=steps_done))
     writers.append(JsonlWriter(workdir / "metrics.jsonl", steps_done=steps_done))
     return MultiWriter(writers)

@@ -17,6 +17,7 @@ import pytest
 from invideo_jax import metrics
 from invideo_jax.errors import UserError
 from invideo_jax.losses import Mean
+from invideo_jax.tensorboard import TensorBoardWriter
 
 
 def step_metrics(step: int) -> dict:
@@ -269,7 +270,7 @@ def test_tensorboard_opens_what_was_written(tmp_path):
     pytest.importorskip("tensorboardX")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     picture = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
-    writer = metrics.TensorBoardWriter(tmp_path)
+    writer = TensorBoardWriter(tmp_path)
     for step in (1, 2, 3):
         writer.write_scalars(step, {"masked/loss": np.float32(step / 8), "ratio": [0.5, step]})
     writer.write_images(3, {"clip": picture, "two": np.stack([picture, 255 - picture])})
@@ -299,7 +300,7 @@ def test_tensorboard_forgets_steps_that_a_resume_does_again(tmp_path):
     pytest.importorskip("tensorboardX")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for steps_done, steps in ((None, (1, 8, 9)), (None, (1, 2, 3, 4)), (2, (3, 4, 5))):
-        writer = metrics.TensorBoardWriter(tmp_path, steps_done=steps_done)
+        writer = TensorBoardWriter(tmp_path, steps_done=steps_done)
         for step in steps:
             writer.write_scalars(step, {"loss": float(step)})
         writer.close()
