@@ -26,7 +26,7 @@ import numpy as np
 
 from invideo_jax.data.scenes import splits, vocabulary
 
-SMALL, LARGE = 0.095, 0.2  # radii, as a share of the frame
+SMALL, LARGE = 0.105, 0.21  # radii, as a share of the frame
 INSIDE = (0.18, 0.82)  # where centres of standing objects lie, unless cut by the edge
 
 _DIRECTIONS = {"moves left": -1, "moves right": 1, "moves up": -1, "moves down": 1}
@@ -99,10 +99,13 @@ def sample(seed: int, index: int, fractions: tuple[float, ...] = (0.8, 0.1, 0.1)
         path = subject.path | {"side": -subject.path["side"], **_looks_path(rng)}
         path["radius"] = subject.path["other_radius"]
         actors.append(Actor(look, motion, rng.uniform(), path))
-    for _ in range(_bystanders(rng, motion)):
+    for k in range(_bystanders(rng, motion)):
         look = _look(rng, allowed, split, vocabulary.STILL, other_than=subject.look)
-        path = _free_place(rng, actors)
-        actors.append(Actor(look, vocabulary.STILL, rng.uniform(), path))
+        if k == 0 and len(actors) == 1 and rng.uniform() < 0.4:
+            path, depth = _near(rng, subject), subject.depth * rng.uniform()
+        else:
+            path, depth = _free_place(rng, actors), rng.uniform()
+        actors.append(Actor(look, vocabulary.STILL, depth, path))
     drift, angle = rng.uniform(0, 0.5), rng.uniform(0, 2 * math.pi)
     strength = rng.uniform(0, 0.012)
     return Scene(
@@ -222,11 +225,11 @@ def _path(rng: np.random.Generator, motion: str) -> dict[str, float]:
     reach = p["radius"] + p["other_radius"]
     # Shapes fill about 0.8 of their circle. Passing starts further off than it would need to, so
     # that the distances in the first frame resemble those before a collision.
-    speed = rng.uniform(0.25, 0.45) if motion == "collides" else rng.uniform(0.4, 0.62)
+    speed = rng.uniform(0.28, 0.48) if motion == "collides" else rng.uniform(0.4, 0.62)
     return p | dict(
         heading=rng.uniform(0, 2 * math.pi),
         contact=0.4 * reach,
-        gap=0.5 * reach * rng.uniform(0.3, 0.7) * rng.choice([-1, 1]),
+        gap=0.5 * reach * rng.uniform(0.5, 1.0) * rng.choice([-1, 1]),
         speed=speed,
     )
 
@@ -258,15 +261,26 @@ def _free_place(rng: np.random.Generator, actors: list[Actor]) -> dict[str, floa
         p = dict(radius=_radius(rng), **_looks_path(rng))
         p["x"], p["y"] = rng.uniform(*INSIDE, 2)
         kind = rng.uniform()
-        if kind < 0.3:  # as an object that crosses the frame is seen at a random moment
+        if kind < 0.45:  # as an object that crosses the frame is seen at a random moment
             margin = p["radius"] * 1.15
-            p["x" if kind < 0.15 else "y"] = rng.uniform(-0.5 * margin, 1 + 0.5 * margin)
+            p["x" if kind < 0.225 else "y"] = rng.uniform(-0.7 * margin, 1 + 0.7 * margin)
         near = [
             math.hypot(p["x"] - o["x"], p["y"] - o["y"]) < 0.8 * (p["radius"] + o["radius"])
             for o in others
         ]
         if not any(near):
             break
+    return p
+
+
+def _near(rng: np.random.Generator, subject: Actor) -> dict[str, float]:
+    """A place that touches or overlaps the subject at a random moment, as passing objects do."""
+    t = track(subject, rng.uniform())
+    p = dict(radius=_radius(rng), **_looks_path(rng))
+    away = (p["radius"] + float(t["radius"])) * rng.uniform(0.35, 1.0)
+    direction = rng.uniform(0, 2 * math.pi)
+    p["x"] = float(np.clip(t["x"] + away * math.cos(direction), 0, 1))
+    p["y"] = float(np.clip(t["y"] + away * math.sin(direction), 0, 1))
     return p
 
 

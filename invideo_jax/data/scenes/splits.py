@@ -69,9 +69,9 @@ def _blocks(count: int, fractions: tuple[float, ...]) -> tuple[int, ...]:
     """The split numbers of the first `count` blocks; each split stays within a block of its due."""
     splits, counts = [], [0] * len(SPLITS)
     for block in range(count):
-        # Half a block of bonus puts validation and test early, so that small sets have them too.
+        # A bonus of half a block puts validation and test early, so that small sets have them too.
         due = [
-            f * (block + 1) + (0.5 if i and f else 0) - counts[i] for i, f in enumerate(fractions)
+            f * (block + 1) + (0.55 if i and f else 0) - counts[i] for i, f in enumerate(fractions)
         ]
         split = int(np.argmax(due))
         counts[split] += 1

@@ -131,6 +131,7 @@ _WITH_SOUND = (
     "{sound} can be heard as {text}",
     "{text} and one hears {sound}",
 )
+_INSTANT = ("appears", "disappears")  # 'is appearing' would be no English for a sudden event
 _LEADS = ("look", "here", "now", "see", "and now")
 
 
@@ -182,7 +183,7 @@ def transcript(scene: Scene, seconds: float) -> tuple[str, list[list[float]]]:
 def _sentence(scene: Scene, rng: np.random.Generator) -> str:
     """'a red striped star slides to the left' or '... is sliding to the left'."""
     verb, ing, rest = _pick(rng, _PHRASES[scene.motion])
-    if rng.uniform() < 0.3 and not verb.startswith("and "):
+    if rng.uniform() < 0.3 and " " not in verb and scene.motion not in _INSTANT:
         verb = f"is {ing}"
     return _fill(scene, rng, f"{_noun(rng, scene.actors[0].look)} {verb} {rest}")
 
@@ -214,8 +215,8 @@ def _noun(rng: np.random.Generator, look: Look) -> str:
     shape = _pick(rng, _SHAPE_NOUNS[look.shape])
     if nouns and rng.uniform() < 0.4:
         return _article(f"{look.colour} {shape} with {_pick(rng, nouns)}")
-    parts = [look.colour, _pick(rng, adjectives)]
-    if rng.uniform() < 0.5:
+    parts = [_pick(rng, adjectives), look.colour]
+    if look.texture != "plain" and rng.uniform() < 0.5:
         parts.reverse()
     return _article(" ".join([*filter(None, parts), shape]))
 
