@@ -147,30 +147,16 @@ def _local_address() -> str:
 
 def _address(coordinator_address, num_processes, process_id) -> dict:
     """Arguments of `jax.distributed.initialize` that say who and where this process is."""
-    coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    given = (coordinator_address, num_processes, process_id)
-    if coordinator_address is None and num_processes in (None, 1) and process_id in (None, 0):
-        address = _local_address()
-        return dict(
-            coordinator_address=address,
-            coordinator_bind_address=address,
-            num_processes=1,
-            process_id=0,
-            cluster_detection_method="deactivate",
-        )
-    if None not in given:
-        # JAX's own default binds every interface, and the service has no authentication.
-        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator_address)
-        return dict(
-            coordinator_address=coordinator_address,
-            coordinator_bind_address=bind,
-            num_processes=num_processes,
-            process_id=process_id,
-            cluster_detection_method="deactivate",
-        )
-    return dict(
+    if coordinator_address is None and num_processes == 1 and process_id in (None, 0):
+        coordinator_address, process_id = _local_address(), 0
+    arguments = dict(
         coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
     )
+    if None not in arguments.values():
+        # JAX's own default binds every interface, and the service has no authentication.
+        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator_address)
+        arguments |= dict(coordinator_bind_address=bind, cluster_detection_method="deactivate")
+    return arguments
 
 
 def start(
@@ -205,20 +191,23 @@ def start(
         shutdown_timeout_seconds=shutdown_seconds,
         initialization_timeout=initialization_seconds,
     )
-    arguments = _address(coordinator_address, num_processes, process_id)
-    nothing_said = (coordinator_address, num_processes, process_id) == (None, None, None)
+    said = (
+        coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        num_processes,
+        process_id,
+    )
     try:
-        if nothing_said and "JAX_COORDINATOR_ADDRESS" not in os.environ and _in_cluster():
-            jax.distributed.initialize(**limits)
+        if said == (None, None, None):
+            _join_cluster_or_alone(limits)
         else:
-            jax.distributed.initialize(**arguments, **limits)
+            jax.distributed.initialize(**_address(*said), **limits)
     except (ValueError, RuntimeError) as error:
         raise RunError(
             "the processes of the run must find each other; got "
-            f"coordinator_address={arguments['coordinator_address']}, num_processes={num_processes}, "
-            f"process_id={process_id}: {str(error).splitlines()[0]} Give all three flags "
-            "(--coordinator_address=HOST:PORT --num_processes=N --process_id=I) or none, reach the "
-            "coordinator's port from every host, and use no device before this."
+            f"coordinator_address={said[0]}, num_processes={num_processes}, process_id={process_id}: "
+            f"{str(error).splitlines()[0]} Give all three flags (--coordinator_address=HOST:PORT "
+            "--num_processes=N --process_id=I) or none, make the coordinator's port reachable from every "
+            "host, and touch no device before this."
         ) from error
     sys.excepthook = _uncaught
     threading.excepthook = lambda a: _uncaught(a.exc_type, a.exc_value, a.exc_traceback)
@@ -227,12 +216,14 @@ def start(
     check_sigterm()
 
 
-def _in_cluster() -> bool:
-    """Whether JAX recognises a cluster here (TPU pod, Slurm, Open MPI, Kubernetes)."""
-    from jax._src import clusters
-
-    kinds = clusters.ClusterEnv._cluster_types
-    return any(not kind.opt_in_only_method and kind.is_env_present() for kind in kinds)
+def _join_cluster_or_alone(limits: dict) -> None:
+    """Joins the cluster JAX finds here; where it finds none, this is a run of one process."""
+    try:
+        jax.distributed.initialize(**limits)
+    except ValueError as error:
+        if "coordinator_address" not in str(error):
+            raise
+        jax.distributed.initialize(**_address(None, 1, 0), **limits)
 
 
 def check_sigterm() -> None:
@@ -429,10 +420,16 @@ class Watchdog:
             f"{socket.gethostname()}, process {jax.process_index()}"
         )
         print(f"hang: {message}; stacks in {self.file}", file=sys.stderr, flush=True)
+        writer = threading.Thread(target=self._dump, args=(message,), daemon=True)
+        writer.start()
+        writer.join(5.0)  # a hung file system may be the very cause
+        leave(RESTART)
+
+    def _dump(self, message: str) -> None:
+        """Appends all stacks to the file, or to stderr where that cannot be."""
         try:
             with open(self.file, "a") as file:
                 print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:  # a hung file system may be the very cause: then stderr has to do
+        except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        leave(RESTART)

@@ -5,11 +5,12 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 
-from invideo_jax.runtime import STORAGE, RunError
+from invideo_jax.runtime import STORAGE, USER_ERROR, RunError, leave
 
 BEAT_SECONDS = 10.0  # how often the holder touches its lock
 STALE_SECONDS = 60.0  # a lock of another host that does not change for this long is dead
@@ -169,8 +170,8 @@ class Lock:
             draft = self.path.with_name(f"lock.{self._mine['token']}")
             try:
                 if self._read().get("token") not in (self._mine["token"], None):
-                    print(f"workdir: LOST {self.path} to {self._read()}", flush=True)
-                    return
+                    print(f"error: {self._held(self._read())}", file=sys.stderr, flush=True)
+                    leave(USER_ERROR)
                 draft.write_text(json.dumps(self._mine | dict(beat=count)))
                 os.replace(draft, self.path)
             except (
@@ -200,23 +201,23 @@ def check_writable(folder) -> None:
         ) from error
 
 
-def check_space(folder, state_bytes: int, checkpoints: int) -> None:
+def check_space(folder, state_bytes: int, keep: int, existing: int = 0) -> None:
     """Makes sure that the checkpoints of a run will fit: those kept, one in flight, one being deleted.
 
     Args:
         folder: an existing folder on the file system in question.
         state_bytes: bytes of one checkpoint.
-        checkpoints: how many are kept at a time; those that exist already need no new space but are counted, which
-            errs on the safe side.
+        keep: how many are kept at a time.
+        existing: how many of them are there already.
 
     Raises:
         RunError: not enough space; exit code 74, with bytes needed and free.
     """
-    needed = (checkpoints + 2) * state_bytes
+    needed = (max(keep - existing, 0) + 2) * state_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
-            f"{checkpoints} checkpoints and two on the way need {needed:,} bytes in {folder}; free: {free:,}. "
-            "Free space, keep fewer checkpoints, or choose another --workdir.",
+            f"{keep} checkpoints ({existing} there) and two on the way need {needed:,} more bytes in {folder}; "
+            f"free: {free:,}. Free space, keep fewer checkpoints, or choose another --workdir.",
             STORAGE,
         )
