@@ -34,6 +34,8 @@ NO_DECAY = (r"(^|/)(cls_token|mask_token)$", r"pos_embed")
 # of other names than `pos_embed` fall through to the last layer's rate; here they are layer 0 too.
 EMBEDDING = r"(^|/)(cls_token|mask_token|patch_embed|[^/]*pos_embed[^/]*)(/|$)"
 BLOCKS = r"(^|/)blocks?([_/]\d+)?(/|$)"
+# The blocks that layer-wise decay counts; a decoder has the full rate, as a head has.
+ENCODER_BLOCKS = r"^(.*encoder/)?blocks?([_/]\d+)?(/|$)"
 
 
 # --------------------------------------------------------------------------------------- schedules
@@ -191,7 +193,7 @@ def trainable_mask(params: PyTree, freeze: Sequence[str] = ()) -> PyTree:
 
 
 def layer_rates(
-    table: Sequence[Leaf], decay: float, *, blocks: str = BLOCKS, embedding: str = EMBEDDING
+    table: Sequence[Leaf], decay: float, *, blocks: str = ENCODER_BLOCKS, embedding: str = EMBEDDING
 ) -> dict[str, float | tuple[float, ...]]:
     """Layer-wise learning-rate multipliers, decay ** (E + 1 - i).
 
@@ -201,7 +203,8 @@ def layer_rates(
     Args:
         table: from `leaves`.
         decay: in (0, 1].
-        blocks: pattern of the blocks' paths; blocks are stacked, or numbered ('blocks_3', 'blocks/3').
+        blocks: pattern of the blocks' paths, which have a part 'blocks' (stacked) or 'blocks_3' or
+            'blocks/3' (numbered).
         embedding: pattern of the embeddings' paths.
 
     Returns:
@@ -220,12 +223,12 @@ def layer_rates(
     depths = {x.shape[x.stacked] for x in table if x.path in in_blocks and x.stacked is not None}
     if any(n is not None for n in numbers.values()):
         depths.add(1 + max(n for n in numbers.values() if n is not None))
-    stacks = {p[: re.search(blocks, p).start()] for p in in_blocks}
+    stacks = {re.split(r"(?:^|/)blocks?(?:[_/]|$)", p)[0] for p in in_blocks}
     if len(depths) != 1 or len(stacks) != 1:
         raise UserError(
             f"Layer-wise decay needs one stack of blocks; the pattern {blocks!r} finds depths "
             f"{sorted(depths)} in {sorted(stacks)[:4]}. Narrow it, e.g. "
-            "layer_decay.blocks='encoder/blocks'."
+            "layer_decay=dict(decay=..., blocks='^encoder/blocks')."
         )
     depth = depths.pop()
     rates: dict[str, float | tuple[float, ...]] = {}
