@@ -5,7 +5,7 @@ import pathlib
 from html import escape
 
 from invideo_jax.metrics import replace_file
-from invideo_jax.report.sections import SECTIONS
+from invideo_jax.report import sections
 from invideo_jax.report.workdir import read
 
 _STYLE = """
@@ -47,7 +47,7 @@ def build(workdir: str | os.PathLike) -> pathlib.Path:
     """
     run = read(workdir)
     files: dict[str, bytes] = {}
-    body = "\n".join(filter(None, (section(run, files) for section in SECTIONS)))
+    body = "\n".join(filter(None, (section(run, files) for section in sections.SECTIONS)))
     name = escape(run.path.resolve().name)
     page = (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"

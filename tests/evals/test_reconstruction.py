@@ -53,7 +53,7 @@ def tiny():
         frames=T,
         image_size=S,
     )
-    params = sharding.unbox(init_model(model, jax.random.key(0)))
+    params = jax.jit(lambda: sharding.unbox(init_model(model, jax.random.key(0))))()
     options = dict(model=model, stage_key=jax.random.key(1), mask=MASK)
     eval_loss = jax.jit(masked.make_eval_loss(**options))
     reconstruct = jax.jit(masked.make_reconstruct(**options))
@@ -87,7 +87,7 @@ def test_values_agree_with_a_plain_loop(tiny):
 
     keys = masked.example_keys(jax.random.key(1), jnp.asarray(batch["position"]))
     visible, hidden = masked.draw_mask(model, keys, MASK)
-    prediction, _ = model.apply({"params": params}, batch["video"], visible, hidden)
+    prediction, _ = jax.jit(model.apply)({"params": params}, batch["video"], visible, hidden)
     target = np.asarray(masked.target_cubes(model, jnp.asarray(batch["video"]), hidden), np.float64)
     total = 0.0
     for row, cube in np.ndindex(target.shape[:2]):
