@@ -1,0 +1,330 @@
+"""Frame numbers of clips: closed forms, plain loops, invariances, and the published code's own examples."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from invideo_jax.data import sampling
+
+
+class Fixed:
+    """A generator whose draws are given; `integers` checks their range."""
+
+    def __init__(self, *draws):
+        self.draws = list(draws)
+
+    def integers(self, low, high, size=None):
+        draw = np.asarray(self.draws.pop(0))
+        assert np.all(draw >= low) and np.all(draw < high)
+        assert size is None or draw.shape == (size,)
+        return draw
+
+
+# Closed forms ----------------------------------------------------------------------------------------------------
+
+
+def test_dense_is_a_window_at_the_drawn_offset():
+    got = sampling.dense(100, 16, 4, Fixed(12))
+    assert got.tolist() == [12 + 4 * i for i in range(16)]
+    # 65 frames leave offsets 0 and 1.
+    assert sampling.dense(65, 16, 4, Fixed(1)).tolist() == [1 + 4 * i for i in range(16)]
+
+
+def test_dense_of_a_short_video_repeats_its_last_frame():
+    assert sampling.dense(15, 8, 4, Fixed()).tolist() == [0, 4, 8, 12, 12, 12, 12, 12]
+    assert sampling.dense(1, 4, 4, Fixed()).tolist() == [0, 0, 0, 0]
+
+
+def test_dense_jitter_stays_inside():
+    got = sampling.dense(8, 4, 4, Fixed([3, 3, 1, 0]), jitter=True)
+    assert got.tolist() == [3, 7, 5, 4]  # 8 and 7 + 4 would be outside: 4 + 3, 4 + 1, 4 + 0
+
+
+def test_dense_view_covers_the_ends():
+    assert sampling.dense_view(100, 8, 4, 0, 3).tolist() == list(range(0, 32, 4))
+    assert sampling.dense_view(100, 8, 4, 2, 3).tolist() == list(range(68, 100, 4))
+    assert sampling.dense_view(100, 8, 4, 0, 1).tolist() == list(range(34, 66, 4))
+    assert sampling.dense_view(5, 4, 2, 1, 2).tolist() == [0, 2, 4, 4]
+
+
+def test_window_middle():
+    assert sampling.window(20, 8, 2).tolist() == [2, 4, 6, 8, 11, 13, 15, 17]
+    assert sampling.window(100, 4, 10, Fixed(60)).tolist() == [20, 33, 46, 59]
+
+
+def test_segments_closed_forms():
+    assert sampling.segments(16, 4).tolist() == [2, 6, 10, 14]
+    assert sampling.segments(4, 4, np.random.default_rng(0)).tolist() == [0, 1, 2, 3]
+    assert sampling.segments(2, 4, np.random.default_rng(0)).tolist() == [0, 0, 1, 1]
+    assert sampling.segments(1, 3).tolist() == [0, 0, 0]
+    assert sampling.segments(10, 4, Fixed([2, 1, 2, 1])).tolist() == [
+        2,
+        4,
+        7,
+        9,
+    ]  # parts 0-2 3-4 5-7 8-9
+
+
+def test_segments_inclusive_shares_the_ends():
+    # 9 frames, 4 parts: edges 0 2 4 6 8
+    assert sampling.segments_inclusive(9, 4, Fixed(2, 2, 6, 8)).tolist() == [2, 2, 6, 8]
+    assert sampling.segments_inclusive_view(9, 4, 0, 1).tolist() == [1, 3, 5, 7]
+    assert sampling.segments_inclusive_view(41, 4, 2, 3).tolist() == [7, 17, 27, 37]
+
+
+def test_rand_never_takes_the_last_of_an_interval():
+    assert sampling.middle(12, 4).tolist() == [1, 4, 7, 10]
+    assert sampling.middle(3, 4).tolist() == [0, 1, 2, 2]
+    seen = {tuple(sampling.rand(12, 4, np.random.default_rng(s))) for s in range(200)}
+    assert {i for clip in seen for i in clip} == {0, 1, 3, 4, 6, 7, 9, 10}
+
+
+def test_tsn_views():
+    assert sampling.tsn_segments(17, 4, Fixed([3, 0, 1, 2])).tolist() == [3, 4, 9, 14]
+    assert sampling.tsn_middle(8, 4).tolist() == [1, 3, 5, 7]
+    assert sampling.tsn_view(8, 4, 0).tolist() == [0, 2, 4, 6]
+    assert sampling.tsn_view(8, 4, 1).tolist() == [1, 3, 5, 7]
+
+
+def test_by_time_of_a_constant_rate_is_strided():
+    times = np.arange(100) / 30
+    got = sampling.by_time(times, 8, 10.0, 1, Fixed(0))
+    assert got.tolist() == [0, 3, 6, 9, 12, 15, 18, 21]
+    middle = sampling.by_time(times, 8, 10.0, 1)
+    assert np.diff(middle).tolist() == [3] * 7 and abs(middle[0] - 38) <= 1
+
+
+def test_by_time_takes_the_nearest_shown_frame():
+    times = np.array([0.0, 0.1, 0.2, 1.0, 1.1, 2.0])
+    got = sampling.by_time(times, 5, 2.0, 1, Fixed(0))  # 0 0.5 1 1.5 2
+    assert got.tolist() == [0, 2, 3, 4, 5]
+    assert sampling.by_time(times, 8, 2.0, 1).tolist() == [0, 2, 3, 4, 5, 5, 5, 5]
+    assert sampling.by_time([3.0], 4, 2.0, 1).tolist() == [0, 0, 0, 0]
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="stride must be at least 1; got stride=0"):
+        sampling.dense(10, 4, 0, Fixed())
+    with pytest.raises(ValueError, match="n must be at least 1; got n=0"):
+        sampling.segments(0, 4)
+    with pytest.raises(ValueError, match=r"view must be in \[0, 3\); got view=3"):
+        sampling.dense_view(10, 4, 1, 3, 3)
+    with pytest.raises(ValueError, match="fps must be above 0"):
+        sampling.by_time([0.0, 1.0], 4, 0.0, 1)
+
+
+# Plain loops and invariances -----------------------------------------------------------------------------------
+
+RULES = {
+    "dense": lambda n, t, s, rng: sampling.dense(n, t, s, rng),
+    "dense_view": lambda n, t, s, rng: sampling.dense_view(n, t, s, 1, 3),
+    "window": lambda n, t, s, rng: sampling.window(n, t, s, rng),
+    "window_middle": lambda n, t, s, rng: sampling.window(n, t, s),
+    "segments": lambda n, t, s, rng: sampling.segments(n, t, rng),
+    "segments_middle": lambda n, t, s, rng: sampling.segments(n, t),
+    "tsn": lambda n, t, s, rng: sampling.tsn_segments(n, t, rng),
+    "tsn_view": lambda n, t, s, rng: sampling.tsn_view(n, t, 1),
+    "inclusive": lambda n, t, s, rng: sampling.segments_inclusive(n, t, rng),
+    "inclusive_view": lambda n, t, s, rng: sampling.segments_inclusive_view(n, t, 1, 3),
+    "rand": lambda n, t, s, rng: sampling.rand(n, t, rng),
+    "middle": lambda n, t, s, rng: sampling.middle(n, t),
+    "by_time": lambda n, t, s, rng: sampling.by_time(np.arange(n) / 24, t, 8.0, s, rng),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rule=st.sampled_from(sorted(RULES)),
+    n=st.integers(1, 400),
+    frames=st.integers(1, 40),
+    stride=st.integers(1, 9),
+    seed=st.integers(0, 9),
+)
+def test_every_rule_gives_t_frames_of_the_video_in_order(rule, n, frames, stride, seed):
+    got = RULES[rule](n, frames, stride, np.random.default_rng(seed))
+    assert got.shape == (frames,) and got.dtype == np.int64
+    assert got.min() >= 0 and got.max() < n and np.all(np.diff(got) >= 0)
+    again = RULES[rule](n, frames, stride, np.random.default_rng(seed))
+    np.testing.assert_array_equal(got, again)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 200), frames=st.integers(1, 20), seed=st.integers(0, 20))
+def test_segments_equals_a_plain_loop(n, frames, seed):
+    """Frame k lies in part k, parts are a partition, and every frame of the part can come."""
+    got = sampling.segments(n, frames, np.random.default_rng(seed))
+    for k, index in enumerate(got):
+        part = [i for i in range(n) if k * n <= i * frames < (k + 1) * n]
+        if n >= frames:
+            assert index in part
+        else:
+            assert index == (2 * k + 1) * n // (2 * frames)
+
+
+def test_segments_reach_every_frame():
+    seen = {int(i) for s in range(400) for i in sampling.segments(21, 4, np.random.default_rng(s))}
+    assert seen == set(range(21))
+    dense = {int(sampling.dense(40, 4, 4, np.random.default_rng(s))[0]) for s in range(400)}
+    assert dense == set(range(25))  # offsets 0 to 40 - 16
+
+
+# The published code's examples ---------------------------------------------------------------------------------
+
+
+class NumpyDraws:
+    """The published loaders draw from np.random."""
+
+    def __init__(self, seed):
+        self.state = np.random.RandomState(seed)
+
+    def integers(self, low, high, size=None):
+        return self.state.randint(low, high, size=size)
+
+    def permutation(self, n):
+        return self.state.permutation(n)
+
+
+class PythonDraws(NumpyDraws):
+    """kinetics_sparse draws with random.randint, multi_modality with random.choice."""
+
+    def __init__(self, seed, choice=False):
+        super().__init__(seed)
+        self.random, self.choice = random.Random(seed), choice
+
+    def integers(self, low, high, size=None):
+        return (
+            self.random.choice(range(low, high))
+            if self.choice
+            else self.random.randint(low, high - 1)
+        )
+
+
+@pytest.fixture(scope="module")
+def examples(shared):
+    return {
+        name: group["examples"]
+        for name, group in json.loads((shared / "golden/f_data_functions.json").read_text()).items()
+    }
+
+
+def pretraining(e):
+    if e["mode"].startswith("dense"):
+        return sampling.dense(
+            e["video_len"],
+            e["new_length"],
+            e["new_step"],
+            NumpyDraws(e["np_seed"]),
+            jitter=e["temporal_jitter"],
+        )
+    return sampling.tsn_segments(e["video_len"], e["num_segments"], NumpyDraws(e["np_seed"]))
+
+
+def fine_tuning_dense(e):
+    n, t, s = e["video_len"], e["clip_len"], e["frame_sample_rate"]
+    if e["mode"] == "test":
+        return sampling.dense_view(n, t, s, e["chunk_nb"], e["test_num_segment"])
+    return sampling.window(n, t, s, NumpyDraws(e["np_seed"]) if e["mode"] == "train" else None)
+
+
+def fine_tuning_sparse(e):
+    n, t = e["video_len"], e["num_frames"]
+    if e["mode"] == "train":
+        return sampling.segments_inclusive(n, t, PythonDraws(e["py_random_seed"]))
+    views = 1 if e["mode"] == "validation" else e["test_num_segment"]
+    return sampling.segments_inclusive_view(n, t, e["clip_idx"], views)
+
+
+def multi_modal(e):
+    if e["sample"] == "rand":
+        return sampling.rand(e["vlen"], e["num_frames"], PythonDraws(e["seed"], choice=True))
+    return sampling.middle(e["vlen"], e["num_frames"])
+
+
+def something(e):
+    n, t = e["video_len"], e["num_segment"]
+    if e["mode"] == "train":
+        return sampling.tsn_segments(n, t, NumpyDraws(e["np_seed"]))
+    if e["mode"] == "validation":
+        return sampling.tsn_middle(n, t)
+    return sorted([*sampling.tsn_view(n, t, 0), *sampling.tsn_view(n, t, 1)])
+
+
+def agreement(rows, rule):
+    """(examples that agree, those that differ)."""
+    same, other = [], []
+    for e in rows:
+        (same if list(map(int, rule(e))) == e["frame_ids"] else other).append(e)
+    return same, other
+
+
+@pytest.mark.parametrize(
+    "name", ["VideoMAE.kinetics.VideoMAE (MCG-NJU)", "IV2.datasets.mae.VideoMAE"]
+)
+def test_pretraining_examples(examples, name):
+    rows = [
+        e for e in examples[name] if "error" not in e
+    ]  # sampling_rate > 1 with segments raises there
+    same, other = agreement(rows, pretraining)
+    assert not other and len(same) == (168 if name.startswith("VideoMAE") else 252)
+
+
+def test_fine_tuning_dense_examples(examples):
+    rows = [
+        e
+        for e in examples["kinetics.VideoClsDataset.loadvideo_decord"]
+        if not e["mode"].startswith("test(")
+    ]
+    same, other = agreement(rows, fine_tuning_dense)
+    assert len(same) == 252 + 189 + 72
+    # Deliberately different, all of them validation of videos longer than the window: InternVideo2 takes the
+    # middle offset for the end (negative numbers), VideoMAE a random window; here it is the middle window.
+    assert len(other) == 54
+    for e in other:
+        assert e["mode"] == "validation" and e["video_len"] > e["clip_len"] * e["frame_sample_rate"]
+    assert any(min(e["frame_ids"]) < 0 for e in other)
+
+
+def test_fine_tuning_sparse_examples(examples):
+    same, other = agreement(examples["IV2.kinetics_sparse._get_seq_frames"], fine_tuning_sparse)
+    assert not other and len(same) == 273
+
+
+def test_multi_modal_examples(examples):
+    rows = [
+        e
+        for e in examples["IV2.multi_modality.get_frame_indices"]
+        if e["sample"] in ("rand", "middle") and "fix_start" not in e
+    ]
+    same, other = agreement(rows, multi_modal)
+    assert not other and len(same) == 168
+
+
+def test_something_something_examples(examples):
+    rows = [
+        e
+        for e in examples["ssv2 (TSN segments)"]
+        if e["test_num_segment"] == 2 or e["mode"] != "test"
+    ]
+    same, other = agreement(rows, something)
+    # Deliberately different: the raw-frame loader's own rules (short videos padded at the front, its middle one frame off)
+    # and VideoMAE's validation, which draws at random.
+    assert {(e["impl"], e["mode"]) for e in other} == {
+        ("IV2.SSRawFrameClsDataset.load_frame", "train"),
+        ("IV2.SSRawFrameClsDataset.load_frame", "validation"),
+        ("MCG.SSVideoClsDataset", "validation"),
+    }
+    assert len(same) == 22 * 5 + 15 + 9 + 4
+
+
+def test_stage_1_list_is_deliberately_different(examples):
+    """The released multi-source loader is one frame early (-1 is the video's last frame); ours is not."""
+    rows = [e for e in examples["IV2.datasets.mae_multi.VideoMAE_multi"] if "error" not in e]
+    assert sum(min(e["frame_ids"]) < 0 for e in rows) > 100
+    for e in rows:
+        ours = pretraining(e)
+        assert min(ours) >= 0
+        assert e["temporal_jitter"] or e["frame_ids"][0] == ours[0] - 1
