@@ -37,8 +37,9 @@ class TfdsSource(Source):
         info = builder.info.splits[split]
         self.name = f"tfds:{builder.info.full_name}/{split}"
         self._feature_of = _map_features(self.name, list(builder.info.features), features or {})
-        label = builder.info.features.get(self._feature_of.get("label", ""))
-        self.classes = tuple(getattr(label, "names", None) or ())
+        if "label" in self._feature_of:  # a ClassLabel knows its names
+            label = builder.info.features[self._feature_of["label"]]
+            self.classes = tuple(getattr(label, "names", None) or ())
         self._known = digest([self.name, info.num_examples, *info.shard_lengths])
         try:
             self._records = builder.as_data_source(split)
