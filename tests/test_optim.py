@@ -12,6 +12,7 @@ import pytest
 
 from invideo_jax import optim, sharding
 from invideo_jax.errors import UserError
+from invideo_jax.models import video_mae
 
 # Values of the published cosine scheduler: 10 epochs of 4 steps, 2 of warm-up, 1.5e-4 to 1e-5; and
 # 4 epochs of 5 steps, 2 of warm-up from 0.1, 1.0 to 0.
@@ -290,6 +291,20 @@ def test_trainable_mask():
     got = {sharding.path_of(p) for p, keep in jax.tree_util.tree_leaves_with_path(mask) if not keep}
     assert got == {p for p in flat(sharding.unbox(tree())) if "encoder" in p or "token" in p}
     assert all(jax.tree.leaves(optim.trainable_mask(tree())))
+
+
+def test_rules_of_the_real_video_mae():
+    model = video_mae.build("Micro")
+    boxed = jax.eval_shape(lambda: video_mae.init(model, jax.random.key(0)))
+    table = optim.plan("muon", boxed, weight_decay=0.05)
+    kernels = {x.path for x in table if x.path.endswith("/kernel")}
+    assert len(kernels) == 2 * 6 + 3  # six in a block, patches, encoder to decoder, head
+    assert {x.path for x in table if x.weight_decay} == kernels
+    assert {x.path for x in table if x.rule == "muon"} == {k for k in kernels if "/blocks/" in k}
+    rates = {x.path: x.rate for x in optim.plan("adamw", boxed, layer_decay=0.5)}
+    assert rates["encoder/blocks/norm1/scale"] == (0.25, 0.5)
+    assert rates["patch_embed/kernel"] == rates["mask_token"] == 0.125
+    assert rates["decoder/blocks/norm1/scale"] == rates["norm/scale"] == 1.0
 
 
 # -------------------------------------------------------------------------------------- optimisers

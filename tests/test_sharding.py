@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from invideo_jax import explain, sharding, state
 from invideo_jax.errors import UserError
+from invideo_jax.models import sizes as sizes_table
+from invideo_jax.models import video_mae
 
 
 def box(value, *names):
@@ -230,6 +232,30 @@ def test_init_gives_the_same_bits_on_every_mesh_and_is_never_whole(sizes):
     part = kernel.addressable_shards[0].data.size
     assert part * names["fsdp"] * names["tensor"] == kernel.size
     assert not any(sharding.is_box(x) for x in jax.tree.leaves(got, is_leaf=sharding.is_box))
+
+
+def test_moving_average_and_parameters_have_buffers_of_their_own():
+    """Else donating the state to the first step would give one buffer away twice."""
+    got = sharding.create_sharded_state(init_params, make_state, sharding.make_mesh(data=8))
+    where = [
+        shard.data.unsafe_buffer_pointer()
+        for x in jax.tree.leaves((got.params, got.ema, got.opt_state))
+        for shard in x.addressable_shards
+    ]
+    assert len(where) == len(set(where))
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "H", "H-internvideo1", "g"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (1, 4, 2, 1)])
+def test_published_models_are_spread_evenly(size, sizes):
+    model = video_mae.build(size)
+    boxed = jax.eval_shape(lambda: video_mae.init(model, jax.random.key(0)))
+    mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes)))
+    rows = explain.parameter_rows(boxed, mesh)
+    count = sum(int(np.prod(row.shape)) for row in rows)
+    assert count == sizes_table.video_mae(size).params
+    held = sum(row.bytes for row in rows)
+    assert 4 * count / 8 <= held < 1.05 * 4 * count / 8
 
 
 # --------------------------------------------------------------------------------------- the batch
