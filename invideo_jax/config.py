@@ -143,6 +143,18 @@ def to_json(config: ml_collections.ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=1, sort_keys=True)
 
 
+def from_saved(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The locked config of a run, from the JSON that was kept of it."""
+    tuples = lambda v: (
+        {k: tuples(x) for k, x in v.items()}
+        if isinstance(v, Mapping)
+        else tuple(v)
+        if isinstance(v, list)
+        else v
+    )
+    return ml_collections.ConfigDict(tuples(saved)).lock()
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Flat key -> (old, new) for keys whose values differ; an absent key counts as None.
 

@@ -397,6 +397,7 @@ class Run:
                 pending=self.pending,
                 config=self.config.to_dict(),
                 data=self.data,
+                epoch_examples=sum(map(len, self.sources)),
                 environment=self.environment,
             )
             best = None if self.pending else self.results.get(self.config.checkpoint.best)

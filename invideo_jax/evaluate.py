@@ -1,0 +1,84 @@
+"""Runs the evaluators of a trained workdir once: `python -m invideo_jax.evaluate --workdir=DIR`.
+
+Any value of the run's config can be set for the evaluation, the held-out videos among them:
+`--config.data.eval=FOLDER --config.evals.reconstruction.examples=1000`.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+
+from invideo_jax import build, checks, command_line, metrics, runtime, sharding, stored, train
+from invideo_jax import config as config_lib
+from invideo_jax.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns an exit code of `runtime`."""
+    with command_line.errors_for_people():
+        arguments, overrides = _arguments(sys.argv[1:] if argv is None else argv)
+        folder = pathlib.Path(arguments.workdir)
+        if not folder.is_dir():
+            raise UserError(f"--workdir must be the folder of a run; there is no {folder}.")
+        which = "ema" if arguments.ema else "params"
+        params, meta = stored.read_params(folder, arguments.step, which)
+        config = config_lib.from_saved(meta["config"])
+        for override in overrides:
+            config_lib.apply_override(config, override)
+        checks.check(config)
+        with command_line.errors_for_people(ValueError):
+            results = evaluate(config, params, meta, folder)
+    file = folder / f"evaluation_{meta['step']:08d}.json"
+    metrics.replace_file(file, json.dumps(results, indent=1).encode())
+    print(f"step {meta['step']} of {folder} ({which}):")
+    for name, value in results.items():
+        print(f"  {name:<32} {value:.6g}")
+    print(f"kept in {file}")
+    return runtime.FINISHED
+
+
+def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, float]:
+    """'<evaluator>/<value>' -> number, for every evaluator of the config.
+
+    Args:
+        config: checked.
+        params: nested dictionaries of NumPy arrays.
+        meta: of the checkpoint they come from.
+        folder: the workdir, for pictures.
+    """
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    stages = {s.name: s for s in train.place_stages(config, meta["epoch_examples"])}
+    program = build.program(config, stages[meta["stage"]])
+    sources = build.held_out_sources(config, build.train_sources(config)[0])
+    if not sources:
+        raise UserError(
+            "No video is held out in the training data; name some: --config.data.eval=FOLDER"
+        )
+    boxed = jax.eval_shape(program.init_params)
+    params = jax.device_put(params, sharding.param_shardings(boxed, mesh))
+    ready = build.evaluators(
+        config, program, mesh=mesh, sources=sources, folder=folder, on_batch=lambda: None
+    )
+    with sharding.use(mesh):
+        return {
+            f"{name}/{key}": value
+            for name, evaluator in ready.items()
+            for key, value in evaluator.run(params, meta["step"])
+        }
+
+
+def _arguments(argv):
+    rest, overrides = command_line.split_overrides(argv)
+    parser = command_line.Parser(
+        prog="python -m invideo_jax.evaluate", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run")
+    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    parser.add_argument("--ema", action="store_true", help="judge the moving average")
+    return parser.parse_args(rest), overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Every recipe builds, passes its checks, and traces every stage at full size without memory."""
+
+import ast
+import pathlib
+import re
+
+import jax
+import pytest
+from conftest import REPOSITORY
+
+from invideo_jax import build, checks, sharding, train
+from invideo_jax import config as config_lib
+from invideo_jax.registry import Registry
+
+RECIPES = sorted(
+    p for p in (REPOSITORY / "configs").rglob("*.py") if p.stem not in ("__init__", "common")
+)
+NAMES = [str(p.relative_to(REPOSITORY)) for p in RECIPES]
+
+
+def arguments(recipe: pathlib.Path) -> list[str]:
+    """The words that a recipe reads after the colon, from its own source."""
+    calls = [n for n in ast.walk(ast.parse(recipe.read_text())) if isinstance(n, ast.Call)]
+    parse = next(c for c in calls if getattr(c.func, "attr", "") == "parse_arg")
+    return [a.value for a in parse.args[1:]]
+
+
+CASES = [(n, w) for p, n in zip(RECIPES, NAMES) for w in ("", *arguments(p))]
+
+
+def load(name: str, word: str):
+    spec = f"{REPOSITORY / name}" + (f":{word}" if word else "")
+    return config_lib.load(spec, ["data.train=somewhere"])
+
+
+@pytest.mark.parametrize(("name", "word"), CASES)
+def test_every_stage_of_every_recipe_traces(name, word):
+    config = load(name, word).config
+    checks.check(config)
+    for stage in train.place_stages(config, epoch_examples=240_000):
+        program = build.program(config, stage)
+        boxed = jax.eval_shape(program.init_params)
+        state = jax.eval_shape(program.make_state, sharding.unbox(boxed))
+        new, metrics = jax.eval_shape(program.train_step, state, program.abstract_batch())
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), state
+        )
+        assert {"loss", "grad_norm", "learning_rate", "skipped"} <= metrics.keys()
+        assert program.visible_tokens < program.model.tokens
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_say_how_they_are_run(name):
+    text = ast.get_docstring(ast.parse((REPOSITORY / name).read_text()))
+    assert f"--config={name}" in text
+    for word in arguments(REPOSITORY / name):
+        assert f"`{word}`" in text or f":{word}" in text, f"{name}: {word} is not in its docstring"
+    assert "smoke" in arguments(REPOSITORY / name)
+    if "internvideo" in name:
+        assert re.search(r"Hardware and hours:", text) and "Source" in text
+
+
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [("s", 24_029_376), ("b", 94_210_944), ("l", 342_996_992), ("h", 692_487_296)],
+)
+def test_full_size_recipes_have_the_published_parameters(size, published):
+    config = load(f"configs/internvideo1/mae_vit_{size}.py", "").config
+    stage = train.place_stages(config, epoch_examples=240_000)[0]
+    shapes = sharding.unbox(jax.eval_shape(build.program(config, stage).init_params))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == published
+
+
+def test_published_schedule_of_vit_b():
+    """1601 epochs of 240,000 videos in batches of 2048; rate 1.5e-4 * 2048 / 256."""
+    config = load("configs/internvideo1/mae_vit_b.py", "").config
+    stage = train.place_stages(config, epoch_examples=240_000)[0]
+    assert stage.steps == 1601 * 240_000 // 2048
+    rate = build.schedule(config, stage)
+    warmup = 40 * 240_000 // 2048
+    assert float(rate(0)) == 0.0
+    assert float(rate(warmup)) == pytest.approx(1.2e-3, rel=1e-6)
+    assert float(rate(stage.steps - 1)) == pytest.approx(8e-5, rel=1e-3)
+
+
+def test_every_registered_name_can_be_imported():
+    from invideo_jax.data import sources
+    from invideo_jax.evals import EVALUATORS
+    from invideo_jax.steps import masked
+
+    registries = [build.MODELS, build.STEPS, sources.SOURCES, EVALUATORS, masked.OBJECTIVES]
+    for registry in registries:
+        assert isinstance(registry, Registry)
+        for name in registry:
+            assert callable(registry.get(name)), name
