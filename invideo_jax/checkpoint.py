@@ -40,16 +40,24 @@ TEMPORARY, DELETING, CORRUPT = ".orbax-checkpoint-tmp", ".deleting", ".corrupt"
 
 
 class _Running:
-    """A save in flight; a thread of ours waits for it, so that asking for its end never blocks."""
+    """A save in flight; a thread of ours waits for it, so that asking for its end never blocks.
 
-    def __init__(self, step: int, size: int, response: ocp.AsyncResponse):
-        self.step, self.size, self.error = step, size, None
-        self._response = response
+    Args:
+        step: its step.
+        size: bytes of the state.
+        response: Orbax's handle, or the error if the save did not even begin.
+    """
+
+    def __init__(self, step: int, size: int, response: ocp.AsyncResponse | Exception):
+        self.step, self.size, self._response = step, size, response
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._wait, name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def _wait(self) -> None:
         try:
+            if isinstance(self._response, Exception):
+                raise self._response
             self._response.result()
         except BaseException as error:  # reported by whoever joins
             self.error = error
@@ -232,7 +240,7 @@ class Checkpoints:
             whether a save was started; False if `step` is there already, or if a parameter is not finite.
 
         Raises:
-            CheckpointError: too many intervals missed, or `wait` and it failed.
+            CheckpointError: too many intervals missed; `wait` and it failed; `step` holds another state.
         """
         if not (self._open and self.trainer):
             raise RuntimeError(
@@ -240,11 +248,11 @@ class Checkpoints:
                 "flight is lost when the process ends."
             )
         self._finish()
-        if self._numbered().count(step) and not self._make_room(step):
-            return False
         entry, bad = stored.record(step, state, metric)
         if bad:
-            print(f"checkpoint: step {step} NOT saved: {bad[0]} is not finite")
+            print(f"checkpoint: step {step} NOT saved: {bad[0]} is not finite", flush=True)
+            return False
+        if step in self._numbered() and not self._make_room(step, entry):
             return False
         whole = stored.with_digest({**meta, "checkpoint": entry})
         for pause in (*self._retry_seconds, None) if wait else (None,):
@@ -283,10 +291,12 @@ class Checkpoints:
                     self.directory / str(step), dict(state=arrays, meta=meta)
                 )
         except Exception as error:
-            self._failed(step, size, error)
-        else:
-            self._metrics[step] = meta["checkpoint"]["metric"]
-            self._running = _Running(step, size, response)
+            # Told by `_finish`, where all processes meet: the others may have begun theirs.
+            response = error
+        self._metrics[step] = meta["checkpoint"]["metric"]
+        self._running = _Running(step, size, response)
+        if isinstance(response, Exception) and jax.process_count() == 1:
+            self._finish()
 
     def _finish(self) -> None:
         """Waits for the save in flight; on success forgets old failures and deletes what need not be kept."""
@@ -353,10 +363,18 @@ class Checkpoints:
             free = "unknown"
         return f"One checkpoint needs {size:,} bytes; free: {free}."
 
-    def _make_room(self, step: int) -> bool:
+    def _make_room(self, step: int, entry: dict) -> bool:
         """Whether `step` can be written although its folder exists: not if it is a checkpoint already."""
         looks = self._looks(step)
         if looks == "good":
+            if self.meta(step)["checkpoint"]["digests"] != entry["digests"]:
+                raise CheckpointError(
+                    self.directory,
+                    step,
+                    "is there already and holds another state.",
+                    "Training went on from an older step: move the newer ones away, or use a new workdir.",
+                    exit_code=2,
+                )
             return False
         if jax.process_index() == 0:
             aside = self._set_aside(step)

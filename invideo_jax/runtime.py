@@ -42,6 +42,9 @@ FINISHED, USER_ERROR, NUMBERS, CRASH, STORAGE, RESTART, INTERRUPTED = 0, 2, 65, 
 
 HEARTBEAT_SECONDS = 30  # JAX's 100 leave the survivors of a dead host waiting 104 s
 SHUTDOWN_SECONDS = 30  # JAX's 300 is how long an exception on one host waits for the others
+LINGER_SECONDS = (
+    5.0  # between the stacks of a hang and the end of the process, when there are others
+)
 LAST_WORDS_SECONDS = 10.0  # what callbacks of `before_exit` may take together
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
@@ -186,6 +189,8 @@ def start(
     Raises:
         RunError: half an address, an unreachable coordinator, a device already in use, or a Python SIGTERM handler.
     """
+    sys.excepthook = _uncaught
+    threading.excepthook = lambda a: _uncaught(a.exc_type, a.exc_value, a.exc_traceback)
     limits = dict(
         heartbeat_timeout_seconds=heartbeat_seconds,
         shutdown_timeout_seconds=shutdown_seconds,
@@ -209,8 +214,6 @@ def start(
             "--num_processes=N --process_id=I) or none, make the coordinator's port reachable from every "
             "host, and touch no device before this."
         ) from error
-    sys.excepthook = _uncaught
-    threading.excepthook = lambda a: _uncaught(a.exc_type, a.exc_value, a.exc_traceback)
     if threading.current_thread() is threading.main_thread():
         _watch_interrupts()
     check_sigterm()
@@ -423,6 +426,9 @@ class Watchdog:
         writer = threading.Thread(target=self._dump, args=(message,), daemon=True)
         writer.start()
         writer.join(5.0)  # a hung file system may be the very cause
+        if jax.process_count() > 1:
+            # When the first process leaves, JAX aborts the others: let their watchdogs write their stacks before.
+            time.sleep(LINGER_SECONDS)
         leave(RESTART)
 
     def _dump(self, message: str) -> None:

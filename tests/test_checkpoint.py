@@ -159,7 +159,11 @@ def test_donated_state_is_saved_as_it_was(tmp_path):
 def test_saving_a_step_twice_keeps_the_first(copy):
     mesh = make_mesh(4, 2)
     with Checkpoints(copy, keep_last=9) as checkpoints:
-        assert not checkpoints.save(30, make_state(mesh, 1), {})
+        assert not checkpoints.save(30, make_state(make_mesh(2), 30), {})
+        with pytest.raises(
+            CheckpointError, match="step 30: is there already and holds another state"
+        ):
+            checkpoints.save(30, make_state(mesh, 1), {})
         assert checkpoints.save(25, make_state(mesh, 25), {})
     assert_equal(restore(copy, keep_last=9)[0], make_state(mesh, 30))
 
