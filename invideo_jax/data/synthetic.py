@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import threading
@@ -115,11 +116,12 @@ def make(
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
-        # Another process may have finished while this one waited for nothing but the file system.
-        if not _finished(folder, settings):
-            _check_partial(partial, settings)
-            _write_all(partial, settings, workers, progress)
-            os.replace(partial, folder)
+        if _finished(folder, settings):  # by another process, just before this one got the lock
+            shutil.rmtree(partial)
+            return manifest
+        _check_partial(partial, settings)
+        _write_all(partial, settings, workers, progress)
+        os.replace(partial, folder)
     return manifest
 
 
@@ -360,12 +362,9 @@ class _ProgressLine:
 
     def __init__(self):
         self.start = self.last = time.monotonic()
-        self.first = None
-        self.calls = 0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        self.calls += 1
         if now - self.last < 0.5 and done < total:
             return
         self.last = now

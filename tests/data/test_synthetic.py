@@ -453,6 +453,13 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.mp4"]
 
 
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "set").mkdir()
+    path = synthetic.make(tmp_path / "set", **SMALL | {"clips": 3})
+    assert len(path.read_text().splitlines()) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
 def test_missing_files_of_a_finished_dataset_are_noticed(tmp_path):
     folder = synthetic.make(tmp_path / "set", **SMALL | {"clips": 16}).parent
     next(folder.glob("train/*.mp4")).unlink()
