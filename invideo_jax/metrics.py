@@ -181,15 +181,22 @@ class JsonlWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if steps_done is None else list(_lines_until(self.path, steps_done))
         replace_file(self.path, b"".join(kept))
+        # An evaluation may be done again at the very step of the checkpoint; its line is there already.
+        self._done = {_what(record) for record in map(_parse, kept) if record["step"] == steps_done}
         self._file = open(self.path, "ab", buffering=0)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Value]) -> None:
-        """Appends one line; names under `perf/` go into its "perf" object."""
+        """Appends one line; names under `perf/` go into its "perf" object.
+
+        A line of the restored checkpoint's own step that is in the file already is not repeated.
+        """
         plain, perf = {}, {}
         for name, value in scalars.items():
             group = perf if name.startswith("perf/") else plain
             group[name.removeprefix("perf/")] = _encode(value)
-        self._append({"step": int(step), **plain, **({"perf": perf} if perf else {})})
+        record = {"step": int(step), **plain, **({"perf": perf} if perf else {})}
+        if _what(record) not in self._done:
+            self._append(record)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Does nothing: pictures are kept as files by whoever makes them."""
@@ -240,6 +247,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and "step" in record else None
+
+
+def _what(record: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
+    """Step and names of a line: no two lines of a run have the same."""
+    return record["step"], frozenset(record)
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:

@@ -34,15 +34,20 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self._start, self._waited, self._paused = now(), 0.0, 0.0
+        self._pause_began: float | None = None
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time inside is no training time."""
-        start = self._now()
+        """Time inside is no training time; a pause inside a pause changes nothing."""
+        if self._pause_began is not None:
+            yield
+            return
+        self._pause_began = self._now()
         try:
             yield
         finally:
-            self._paused += self._now() - start
+            self._paused += self._now() - self._pause_began
+            self._pause_began = None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -57,8 +62,11 @@ class Clock:
             self._waited += self._now() - start
 
     def lap(self) -> Lap:
-        """Ends the lap and starts the next."""
+        """Ends the lap and starts the next; a pause that is open is cut in two."""
         now = self._now()
+        if self._pause_began is not None:
+            self._paused += now - self._pause_began
+            self._pause_began = now
         lap = Lap(now - self._start - self._paused, self._waited, self._paused)
         self._start, self._waited, self._paused = now, 0.0, 0.0
         return lap

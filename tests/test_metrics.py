@@ -198,6 +198,20 @@ def test_a_resumed_run_leaves_the_lines_of_an_uninterrupted_one(tmp_path, checkp
     assert killed != whole  # the clock differs
 
 
+def test_an_evaluation_done_again_at_the_restored_step_is_not_written_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_run(path, range(1, 11))  # killed after the evaluation at step 10, before the next save
+    before = path.read_bytes()
+    writer = metrics.JsonlWriter(path, steps_done=10)
+    writer.write_scalars(10, {"eval/reconstruction/loss": 2 / 10})
+    writer.write_scalars(10, {"eval/probe/top1": 0.5})
+    writer.write_scalars(12, {"masked/loss": 1 / 12})
+    writer.close()
+    assert path.read_bytes() == before + (
+        b'{"step": 10, "eval/probe/top1": 0.5}\n{"step": 12, "masked/loss": 0.08333333333333333}\n'
+    )
+
+
 def test_a_fresh_start_empties_the_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_run(path, range(1, 9))

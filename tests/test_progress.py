@@ -35,6 +35,20 @@ def test_pauses_are_no_training_time_and_waiting_is_counted():
     assert clock.lap() == Lap(seconds=4.0, waited=0.0, paused=10.0)
 
 
+def test_a_lap_may_end_inside_a_pause_and_pauses_may_nest():
+    time = Time()
+    clock = Clock(time)
+    time.now += 3
+    with clock.pause():
+        time.now += 10
+        with clock.pause():
+            time.now += 1
+        assert clock.lap() == Lap(seconds=3.0, waited=0.0, paused=11.0)
+        time.now += 20
+    time.now += 2
+    assert clock.lap() == Lap(seconds=2.0, waited=0.0, paused=20.0)
+
+
 def window(step: int, *, steps: int = 10, fresh: int | None = None, **values) -> Window:
     values = {"loss": 0.84312, "learning_rate": 1.2e-4, "grad_norm": 0.834} | values
     return Window(step, steps, steps if fresh is None else fresh, values)

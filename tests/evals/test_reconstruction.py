@@ -206,6 +206,18 @@ def test_a_perfect_copy_has_a_finite_psnr_and_nothing_hidden_has_no_weight():
     assert isinstance(mean, Mean)
 
 
+def test_psnr_looks_at_hidden_pixels_only():
+    original = jnp.asarray(clips_of(3) / 255.0, jnp.float32)
+    hide = np.zeros((3, T, S, S, 1), bool)
+    hide[:, :, :4] = True
+    grey = jnp.where(hide, 0.5, original)
+    error = np.array([0.1, 0.01, 0.001])[:, None, None, None, None]
+    filled = jnp.where(hide, original + error, original + 0.7)
+    mean = reconstruction.psnr(original, grey, filled, jnp.array([True, True, False]))
+    assert float(mean.total) == pytest.approx(20.0 + 40.0, rel=1e-4)
+    assert float(mean.weight) == 2.0
+
+
 def test_no_batch_is_an_error(tiny):
     _, params, _, _ = tiny
     with pytest.raises(ValueError, match="batches must give at least one batch; got none"):
