@@ -14,6 +14,7 @@ clips and workers, with the same versions of NumPy and PyAV on the same kind of 
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -260,25 +261,18 @@ def _check_partial(partial: pathlib.Path, settings: Settings) -> None:
     _write(path, json.dumps(_parameters(settings)).encode())
 
 
-class _locked:
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path):
     """Holds a folder for this process alone, until the process ends at the latest."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.path = folder / ".lock"
-
-    def __enter__(self):
-        self.file = open(self.path, "w")
+    with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self.file.close()
             raise RuntimeError(
-                f"only one process may make a dataset; another one is at {self.path.parent}. "
+                f"only one process may make a dataset; another one is at {folder}. "
                 f"Wait for it or give another folder."
             ) from None
-
-    def __exit__(self, *error):
-        self.file.close()
+        yield
 
 
 def _write_all(partial: pathlib.Path, settings: Settings, workers: int, progress) -> None:

@@ -247,7 +247,7 @@ def test_start_errors(videos, tmp_path, monkeypatch):
         "tfds:": ["behind the colon"],
         "": ["got nothing"],
         "arrayrecord:empty": ["0 files", "invideo_jax.data.prepare"],
-        "synthetic:nowhere": ["python -m invideo_jax.data.synthetic nowhere"],
+        "synthetic:nowhere": ["python -m invideo_jax.data.synthetic --output=nowhere"],
         "synthetic:empty": ["manifest.jsonl"],
     }
     for spec, words in cases.items():

@@ -10,13 +10,14 @@ frame have (nearly) the same distribution for all labels, because
   that has grown to the largest size starts small again;
 - sizes, angles, colours, textures, backdrops, camera shake and backdrop drift are drawn without
   regard to the label;
-- up to two bystanders stand still, so that two objects in a frame do not mean that they collide
-  (and the colliding and the passing ones start from the same distances), and they are cut by the
-  frame's edge as often as moving objects are.
+- up to two bystanders stand still, so that two objects in a frame do not mean that they collide;
+  some touch the moving object, as passing ones do, and some are cut by the frame's edge, as
+  objects are that cross it.
 
 What can't be made even: 'appears' must begin with one object less than it ends with, so the
-number of objects in the first frame tells a little (best guess about 11 % right where 6.7 % is
-chance), and an object cut by the left or right edge is a little more likely to move that way.
+number of objects in the first frame tells a little, and an object cut by the left edge is more
+likely to move sideways than one in the middle. With the exact places, sizes and angles of all
+objects in one frame, a classifier fitted on 8,000 clips is right in 13 % where chance is 6.7 %.
 """
 
 import dataclasses

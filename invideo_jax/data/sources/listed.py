@@ -135,7 +135,7 @@ def open_source(
 
 def open_synthetic(folder: str, **options: Any) -> ManifestSource:
     """The manifest of the built-in dataset in `folder`."""
-    command = f"python -m invideo_jax.data.synthetic {folder}"
+    command = f"python -m invideo_jax.data.synthetic --output={folder}"
     if not os.path.isdir(folder):
         raise SourceError(
             f"The built-in dataset must be made first; no folder {folder}. Run: {command}"
