@@ -8,7 +8,7 @@ Exit codes (the launcher restarts on 70, 75, 134 and 137, and on nothing else):
     70   CRASH        an exception nobody caught
     74   STORAGE      checkpoints cannot be written or none can be read
     75   RESTART      preempted and saved, or a hang was found: please start the same command again
-    130  INTERRUPTED  Ctrl-C: step finished, saved
+    130  INTERRUPTED  Ctrl-C or a closed terminal: step finished, saved
     134  (JAX)        another process of the run died: JAX aborts the survivors without running Python
     137  (kernel)     kill -9, out of memory
 
@@ -16,6 +16,7 @@ Nothing that matters may depend on clean-up code: kill -9 and the abort above ru
 quick, its cause readable and its exit code true.
 """
 
+import contextlib
 import faulthandler
 import hashlib
 import os
@@ -90,10 +91,8 @@ def leave(code: int) -> None:
     thread.start()
     thread.join(LAST_WORDS_SECONDS)
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
-        except (OSError, ValueError):
-            pass
     os._exit(code)
 
 
@@ -106,10 +105,13 @@ def _uncaught(kind, error, trace) -> None:
     """Prints an exception nobody caught and ends the process with its code."""
     if issubclass(kind, KeyboardInterrupt):
         leave(INTERRUPTED)
-    if hasattr(error, "exit_code"):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exception(kind, error, trace)
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # a closed terminal or pipe must not change the exit code
+        if hasattr(error, "exit_code"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(kind, error, trace)
     leave(exit_code(error))
 
 
@@ -125,18 +127,32 @@ def _on_interrupt() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _on_hangup(terminals: list[int]) -> None:
+    """The terminal was closed: like a first Ctrl-C; what is written to it from now on must not fail."""
+    with open(os.devnull, "w") as nowhere:
+        for number in terminals:
+            os.dup2(nowhere.fileno(), number)
+    _interrupted.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _watch_interrupts() -> None:
-    """Serves Ctrl-C from a thread: Python handlers wait for the main thread, which may be compiling."""
+    """Serves Ctrl-C and hang-up from a thread: Python's handlers wait for the main thread, which may be compiling."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
+    actions = {signal.SIGINT: _on_interrupt}
     signal.signal(signal.SIGINT, lambda *_: None)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        terminals = [number for number in (1, 2) if os.isatty(number)]  # not to be seen once closed
+        actions[signal.SIGHUP] = lambda: _on_hangup(terminals)
+        signal.signal(signal.SIGHUP, lambda *_: None)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
     def serve(keep_open=writer):
         while True:
             for number in reader.recv(16):
-                if number == signal.SIGINT:
-                    _on_interrupt()
+                if number in actions:
+                    actions[number]()
 
     threading.Thread(target=serve, name="ctrl-c", daemon=True).start()
 
@@ -248,9 +264,13 @@ def preempted() -> bool:
 
     Every process must call it equally often, at the same places (each step, each evaluation batch, after compiling):
     the calls are counted here, and the count is what the processes agree on. Once True it stays True.
+
+    Raises:
+        RunError: see `check_sigterm`.
     """
     global _polls, _preempted
     if not _preempted and jax.distributed.is_initialized():
+        check_sigterm()  # 0.3 us; a library may have set its handler at any time
         _polls += 1
         _preempted = bool(multihost_utils.reached_preemption_sync_point(_polls))
     return _preempted

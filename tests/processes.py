@@ -22,7 +22,7 @@ def free_port() -> int:
 class Run:
     """One process; its output goes to a file, so that nothing blocks on a full pipe."""
 
-    def __init__(self, folder, *arguments, devices: int = 1, script=TOY, name="out"):
+    def __init__(self, folder, *arguments, devices: int = 1, script=TOY, name="out", terminal=None):
         self.log = pathlib.Path(folder) / f"{name}-{time.monotonic_ns()}.log"
         environment = os.environ | dict(
             JAX_PLATFORMS="cpu",
@@ -33,7 +33,7 @@ class Run:
         with open(self.log, "w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, str(script), *map(str, arguments)],
-                stdout=out,
+                stdout=terminal or out,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,

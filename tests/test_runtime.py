@@ -123,6 +123,21 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
     assert steps_of(folder) == [int(run.find(r"^stopping (\d+)"))]
 
 
+def test_a_closed_terminal_finishes_the_step_and_saves(tmp_path):
+    """The process gets SIGHUP, and what it would print afterwards has nowhere to go."""
+    leader, follower = os.openpty()
+    folder = tmp_path / "w"
+    run = Run(tmp_path, folder, *ENDLESS, "--every", 100000, terminal=follower)
+    os.close(follower)
+    while b"step 3" not in os.read(leader, 1000):
+        pass
+    run.signal(signal.SIGHUP)
+    time.sleep(0.1)
+    os.close(leader)
+    assert run.end() == runtime.INTERRUPTED
+    assert len(steps_of(folder)) == 1 and steps_of(folder)[0] >= 3
+
+
 def test_a_second_ctrl_c_ends_at_once_even_in_a_hang(tmp_path):
     run = Run(tmp_path, tmp_path / "w", "--steps", 9, "--at", 2, "--do", "hang").until("^hanging")
     run.signal(signal.SIGINT).until("Ctrl-C")
