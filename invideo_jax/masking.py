@@ -51,7 +51,7 @@ def mask_of(hidden: jax.Array, tokens: int) -> jax.Array:
 
 def gather(tokens: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows `ids` [B, M] of `tokens` [B, N, ...], as [B, M, ...]."""
-    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, unique_indices=True))(tokens, ids)
+    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(tokens, ids)
 
 
 def scatter(base: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
