@@ -83,7 +83,13 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> str:
                 f"--config.{path} is a section; set one of its keys: {', '.join(inside)}."
             )
         leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-        hint = f" Did you mean {' or '.join(leaf[:3])}?" if leaf else nearest(path, known)
+        top, _, inner = path.partition(".")
+        if leaf:
+            hint = f" Did you mean {' or '.join(leaf[:3])}?"
+        elif inner and top not in config:
+            hint = f" There is no section {top}; the sections are {', '.join(sections(config))}."
+        else:
+            hint = nearest(path, known)
         raise UserError(f"Unknown config key {path} (from --config.{override}).{hint}")
     *parents, key = path.split(".")
     section = config
@@ -91,6 +97,11 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> str:
         section = section[parent]
     section[key] = _convert(text, section[key], path)
     return path
+
+
+def sections(config: ml_collections.ConfigDict) -> list[str]:
+    """Top-level keys that hold other keys."""
+    return [key for key in config if isinstance(config[key], ml_collections.ConfigDict)]
 
 
 def _convert(text: str, old: Any, path: str) -> Any:

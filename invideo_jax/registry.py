@@ -16,7 +16,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
     if close:
         return " Did you mean " + " or ".join(f'"{n}"' for n in close) + "?"
-    return f" Known: {', '.join(names)}." if names else " None is known."
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f" Known: {', '.join(names[:20])}{more}." if names else " None is known."
 
 
 class Registry:

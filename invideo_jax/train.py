@@ -8,6 +8,7 @@ the run; what it calls computes. A batch goes from `build.loader` (files to NumP
 import contextlib
 import json
 import pathlib
+import shlex
 import sys
 from typing import Any
 
@@ -166,7 +167,12 @@ class Run:
 
     def _program(self, stage: stages.Stage) -> build.Program:
         """The stage's program, checked against mesh and data before anything is compiled."""
-        options = self.config.stages[stage.name]
+        options, videos = self.config.stages[stage.name], sum(map(len, self.sources))
+        if videos < stage.batch_size:
+            raise UserError(
+                f"The training set must hold at least one batch; got {videos} videos, "
+                f"stages.{stage.name}.batch_size={stage.batch_size}. Lower the batch size or add videos."
+            )
         sharding.check_batch(self.mesh, stage.batch_size, accumulation=options.accumulation)
         program = build.program(self.config, stage)
         sharding.check_heads(self.mesh, program.model.heads)
@@ -208,13 +214,14 @@ class Run:
     def _write_facts(self) -> None:
         """Keeps the resolved config and the environment in the workdir; prints what will run."""
         self.environment = environment = runtime.environment()
+        command = shlex.join(["python", "-m", "invideo_jax.train", *sys.argv[1:]])
         if self.first:
             boxed = jax.eval_shape(self.programs[self.plan[0].name].init_params)
             table = metrics.parameter_table(sharding.unbox(boxed))
             for name, text in {
                 "config.json": config_lib.to_json(self.config),
                 "config_sources.json": json.dumps(self.recipe.source, indent=1),
-                "environment.json": json.dumps(environment, indent=1),
+                "environment.json": json.dumps(environment | {"command": command}, indent=1),
                 "parameters.txt": table,
             }.items():
                 metrics.replace_file(self.folder / name, text.encode())
@@ -370,8 +377,8 @@ class Run:
             if runtime.preempted():
                 return False
             name = self.pending[0]
+            self._log(self.buffer.drain())
             with self.clock.pause():
-                self._log(self.buffer.drain())
                 params = self.state.ema or self.state.params
                 found = dict(self.evaluators[name].run(params, self.step))
                 self.results |= {f"{name}/{key}": value for key, value in found.items()}
@@ -386,13 +393,15 @@ class Run:
 
     def _save(self, *, wait: bool) -> None:
         """Saves everything that the rest of the run depends on, under the number of the step."""
+        ended = self.step == self.program.stage.last
+        self._log(self.buffer.finish() if ended else self.buffer.drain())
         with self.clock.pause():
             self.watchdog.beat("save")
-            ended = self.step == self.program.stage.last
-            self._log(self.buffer.finish() if ended else self.buffer.drain())
+            self.writer.flush()
             meta = dict(
                 step=self.step,
                 stage=self.program.stage.name,
+                stage_step=self.step - self.program.stage.first,
                 window=self.buffer.state(),
                 pending=self.pending,
                 config=self.config.to_dict(),
