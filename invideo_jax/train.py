@@ -10,6 +10,7 @@ import json
 import pathlib
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -118,20 +119,17 @@ class Run:
     # ------------------------------------------------------------------------------ before the first step
 
     def __enter__(self) -> "Run":
+        config, keep = self.config, self.config.checkpoint
         with contextlib.ExitStack() as stack, command_line.errors_for_people(ValueError):
-            config = self.config
-            self.mesh = sharding.make_mesh(**config.mesh.to_dict())
-            self.sources, self.weights = build.train_sources(config)
-            self.held_out = build.held_out_sources(config, self.sources)
-            self.plan = place_stages(config, sum(map(len, self.sources)))
-            self.programs = {stage.name: self._program(stage) for stage in self.plan}
-            self.data = {source.name: source.fingerprint() for source in self.sources}
+            _on_all(self._look)
             runtime.same_everywhere(
                 {"config": config_lib.to_json(config), "data": json.dumps(self.data)}
             )
             if self.first:
-                stack.enter_context(workdir.Lock(self.folder))
-            keep = config.checkpoint
+                lock = workdir.Lock(self.folder)
+                _on_all(lambda: stack.enter_context(lock))
+            else:
+                _on_all(lambda: None)
             self.checkpoints = stack.enter_context(
                 Checkpoints(
                     self.folder / "checkpoints", keep_last=keep.keep_last, keep_best=keep.keep_best
@@ -159,6 +157,16 @@ class Run:
 
     def __exit__(self, *error) -> bool | None:
         return self._close.__exit__(*error)
+
+    def _look(self) -> None:
+        """Everything that can be wrong with config, machine and data, before anything is written."""
+        config = self.config
+        self.mesh = sharding.make_mesh(**config.mesh.to_dict())
+        self.sources, self.weights = build.train_sources(config)
+        self.held_out = build.held_out_sources(config, self.sources)
+        self.plan = place_stages(config, sum(map(len, self.sources)))
+        self.programs = {stage.name: self._program(stage) for stage in self.plan}
+        self.data = {source.name: source.fingerprint() for source in self.sources}
 
     def say(self, text: str) -> None:
         """Prints on the first process."""
@@ -413,6 +421,16 @@ class Run:
             self.checkpoints.save(self.step, self.state, meta, metric=best, wait=wait)
             self.results = {}
             self.watchdog.beat("step")
+
+
+def _on_all(action: Callable[[], Any]) -> None:
+    """Does it on every process; an error of any process is raised on all, so that none waits for it."""
+    error = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    runtime.fail_together(error)
 
 
 def use_compilation_cache(folder: pathlib.Path) -> None:
