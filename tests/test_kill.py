@@ -85,7 +85,8 @@ def digests(folder: pathlib.Path) -> dict:
         env=environment(),
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["digests"]
+    last = json.loads(done.stdout)["steps"][-1]
+    return {"number": last["step"]} | last["digests"]
 
 
 def lines(folder: pathlib.Path) -> list[dict]:
@@ -113,7 +114,9 @@ def test_killed_at_random_moments(videos, tmp_path, kills, workers):
         hits += run_killed(command(videos, killed, *options), draw.uniform(0, 1.0), marker)
     run_to_the_end(command(videos, killed, *options))
     assert hits >= min(kills, 3), f"only {hits} kills met a running process (KILL_SEED={seed})"
-    assert digests(killed) == digests(tmp_path / "whole")
+    end = digests(tmp_path / "whole")
+    assert end["number"] == STEPS and {"params", "opt_state", "ema"} <= end.keys()
+    assert digests(killed) == end
     assert lines(killed) == lines(tmp_path / "whole")
 
 
