@@ -18,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 
+from invideo_jax.data.frame_table import FrameTable, read_table, stores_times
 from invideo_jax.data.open_video import (
     BadVideo,
     Deadline,
@@ -68,22 +69,6 @@ class VideoInfo:
     audio_channels: int
     truncated: bool
     declared_seconds: float | None
-
-
-@dataclasses.dataclass
-class _Table:
-    """Frames and keyframes in the order they are shown; positions count the packets from the start of the table."""
-
-    pts: list[int]
-    positions: list[int]
-    key_pts: list[int]
-    key_dts: list[int]
-    exact: bool  # times present and distinct, so that a frame is known by its time
-    partial: bool = False  # does not begin at the start of the file
-    shown: list[int] | None = None  # the frames of the asked part, None for all
-    end: int = 0  # where the last frame ends, in time base units
-    end_byte: int = 0  # where the last packet ends in the file
-    largest: int = 0  # bytes of the largest packet
 
 
 class _Mismatch(Exception):
@@ -138,16 +123,12 @@ class VideoReader:
         self._container.close()
 
     def __len__(self) -> int:
-        return len(self._table.pts if self._table.shown is None else self._table.shown)
+        return len(self._table.shown_pts())
 
     def times(self) -> np.ndarray:
         """float64 [frames]: seconds from the beginning of the video at which each frame is shown."""
-        pts = np.asarray(self._pts(), np.float64)
+        pts = np.asarray(self._table.shown_pts(), np.float64)
         return (pts - self._origin) * float(self._stream.time_base)
-
-    def _pts(self) -> list[int]:
-        table = self._table
-        return table.pts if table.shown is None else [table.pts[i] for i in table.shown]
 
     @property
     def info(self) -> VideoInfo:
@@ -186,7 +167,7 @@ class VideoReader:
 
     # The table of frames ---------------------------------------------------------------------------------------------
 
-    def _read_part(self, start: float | None, end: float | None) -> _Table:
+    def _read_part(self, start: float | None, end: float | None) -> FrameTable:
         stream = self._stream
         if start is None and end is None:
             table = self._scan_packets(_END)
@@ -194,7 +175,7 @@ class VideoReader:
             self._check_whole(table)
             return table
         table = None
-        if stream.start_time is not None and self._stores_times():
+        if stream.start_time is not None and stores_times(self._container):
             self._origin = stream.start_time
             table = self._read_around(*self._bounds(start, end))
         if table is None or not table.exact:
@@ -213,13 +194,9 @@ class VideoReader:
         high = _END if end is None else self._origin + end / scale - 1e-3
         return self._origin + (start or 0) / scale - 1e-3, high
 
-    def _stores_times(self) -> bool:
-        """Whether the format itself says when frames are shown; AVI and raw streams leave it to guesses."""
-        return any(n in self._container.format.name for n in ("mp4", "matroska", "mpegts"))
-
-    def _read_around(self, low: float, high: float) -> _Table:
+    def _read_around(self, low: float, high: float) -> FrameTable:
         """Lists the frames around [low, high), from the keyframe before it."""
-        back = 0
+        back, step = 0, round(2 / self._stream.time_base)
         while low - back > self._stream.start_time:
             try:
                 self._container.seek(int(low - back), stream=self._stream)
@@ -229,9 +206,7 @@ class VideoReader:
             if table.key_pts and table.key_pts[0] <= low:
                 table.partial = True
                 return table
-            back = max(
-                2 * back, round(2 / self._stream.time_base)
-            )  # landed behind `low`: 2 s more each time
+            back, step = back + step, 2 * step  # landed behind `low`
         self._reopen()
         return self._scan_packets(high)
 
@@ -239,44 +214,15 @@ class VideoReader:
         self._container.close()
         self._container, self._stream = open_container(self._source, self.limits, self.path)
 
-    def _scan_packets(self, high: float) -> _Table:
-        frames, keys, position, present = [], [], 0, True
-        table = _Table([], [], [], [], exact=True)
-        for packet in self._packets():
-            if packet.is_corrupt:
-                raise BadVideo("corrupt_packet", self.path, f"packet {position}")
-            pts, dts = packet.pts, packet.dts
-            if dts is not None and dts >= high:
-                break
-            if pts is None:
-                present, pts = False, (position if dts is None else dts)
-            if packet.is_keyframe:
-                keys.append((pts, pts if dts is None else dts))
-            if not packet.is_discard:  # edit lists: decoded, but never shown
-                frames.append((pts, position))
-                table.end = max(table.end, pts + (packet.duration or 0))
-            table.end_byte = max(table.end_byte, (packet.pos or 0) + packet.size)
-            table.largest = max(table.largest, packet.size)
-            position += 1
-            if position > self.limits.max_frames:
-                raise BadVideo("too_long", self.path, f"over {self.limits.max_frames} frames")
-        # Pictures shown before the first keyframe lean on one that is not in the file.
-        frames = sorted(f for f in frames if not keys or f[0] >= keys[0][0])
-        if not frames:
-            raise BadVideo("no_frames", self.path)
-        table.pts, table.positions = [f[0] for f in frames], [f[1] for f in frames]
-        table.key_pts, table.key_dts = [k[0] for k in keys], [k[1] for k in keys]
-        ordered = all(a < b for a, b in zip(table.key_pts, table.key_pts[1:]))
-        distinct = len(set(table.pts)) == len(table.pts)
-        table.exact = (
-            present and bool(keys) and ordered and distinct and self._times_are_real(table)
+    def _scan_packets(self, high: float) -> FrameTable:
+        guessed = self._stream.codec_context.has_b_frames and not stores_times(self._container)
+        return read_table(
+            self._packets(),
+            high=high,
+            max_frames=self.limits.max_frames,
+            guessed=guessed,
+            path=self.path,
         )
-        return table
-
-    def _times_are_real(self, table: _Table) -> bool:
-        """False for B-frames whose showing times neither the format nor the parser knows."""
-        rising = all(a < b for a, b in zip(table.positions, table.positions[1:]))
-        return self._stores_times() or not (rising and self._stream.codec_context.has_b_frames)
 
     def _packets(self):
         """The packets with data of the picture stream, from where the container stands; watches the clock."""
@@ -290,11 +236,12 @@ class VideoReader:
                 "timeout", self.path, f"limit {self.limits.decode_seconds:g} s"
             ) from None
         except av.FFmpegError as error:
-            raise BadVideo(
-                "decode_error", self.path, f"reading packets: {error.strerror}"
-            ) from None
+            detail = f"reading packets: {error.strerror}"
+            raise BadVideo("decode_error", self.path, detail) from None
+        except IndexError:  # PyAV does not know a stream that damaged data makes appear half-way
+            raise BadVideo("corrupt_packet", self.path, "an undeclared stream") from None
 
-    def _check_whole(self, table: _Table) -> None:
+    def _check_whole(self, table: FrameTable) -> None:
         """Notes a file cut short; one that goes on behind its last readable packet is damaged."""
         declared = declared_seconds(self._container, self._stream)
         if declared is None:
