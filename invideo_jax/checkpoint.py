@@ -147,8 +147,13 @@ class Checkpoints:
             self.close()
             return
         # An exception is on its way: let the save in flight end, but don't hold up the other processes for long.
-        if self._running and not self._running.join(CRASH_SECONDS):
-            print(f"checkpoint: save of step {self._running.step} did not end in {CRASH_SECONDS} s")
+        running = self._running
+        if running and not running.join(CRASH_SECONDS):
+            print(f"checkpoint: save of step {running.step} did not end in {CRASH_SECONDS} s")
+        elif running and running.error:
+            print(
+                f"checkpoint: save of step {running.step} failed: {stored.root_cause(running.error)}"
+            )
         self._open = False
 
     def close(self) -> None:
@@ -183,23 +188,27 @@ class Checkpoints:
 
     # ---- what is there ------------------------------------------------------------------------------------------
 
-    def _numbered(self) -> list[int]:
-        """Numbers of all numbered folders, newest first; the same list on all processes."""
-        found = stored.numbered(self.directory)
-        if jax.process_count() == 1:
-            return found
-        row = np.full(4096, -1, np.int64)
-        row[: len(found)] = found[:4096]
-        # As two int32 halves: JAX without x64 would cut int64.
-        row = multihost_utils.broadcast_one_to_all(row.view(np.int32))
-        return [int(s) for s in np.asarray(row).view(np.int64) if s >= 0]
+    def _listing(self) -> dict[int, str]:
+        """Numbered folders, newest first, and how each `looks`: process 0's view, on all processes.
 
-    def _looks(self, step: int) -> str:
-        return stored.looks(self.directory, step)
+        On a network file system another process may not see a folder yet, and all must try the same ones.
+        """
+        kinds = ("good", "damaged", "stray")
+        rows = np.full((4096, 2), -1, np.int64)
+        if jax.process_index() == 0:
+            found = stored.numbered(self.directory)[:4096]
+            for row, step in zip(rows, found):
+                row[:] = step, kinds.index(stored.looks(self.directory, step))
+        if jax.process_count() > 1:
+            # As int32 halves: JAX without x64 would cut int64.
+            halves = multihost_utils.broadcast_one_to_all(rows.view(np.int32))
+            rows = np.asarray(halves).view(np.int64)
+        return {int(step): kinds[kind] for step, kind in rows if step >= 0}
 
     def steps(self) -> list[int]:
         """Committed steps with all their parts, ascending; their content is checked only by `restore`."""
-        return sorted(s for s in self._numbered() if self._looks(s) == "good")
+        found = stored.numbered(self.directory)
+        return sorted(s for s in found if stored.looks(self.directory, s) == "good")
 
     def latest(self) -> int | None:
         """The newest of `steps`."""
@@ -252,8 +261,12 @@ class Checkpoints:
         if bad:
             print(f"checkpoint: step {step} NOT saved: {bad[0]} is not finite", flush=True)
             return False
-        if step in self._numbered() and not self._make_room(step, entry):
+        looks = self._listing().get(step)
+        if looks == "good":
+            self._same_as_stored(step, entry)
             return False
+        if looks is not None:
+            self._move_away(step, looks)
         whole = stored.with_digest({**meta, "checkpoint": entry})
         for pause in (*self._retry_seconds, None) if wait else (None,):
             self._begin(step, state, whole)
@@ -271,9 +284,11 @@ class Checkpoints:
 
         Always False with several processes, which could not agree on the moment; they retry at the next interval.
         """
+        if jax.process_count() > 1:
+            return False
         if self._running and self._running.join(0):
             self._finish()
-        due = jax.process_count() == 1 and time.monotonic() >= self._retry_at
+        due = time.monotonic() >= self._retry_at
         self._retrying = self._retrying or due
         return due
 
@@ -363,31 +378,30 @@ class Checkpoints:
             free = "unknown"
         return f"One checkpoint needs {size:,} bytes; free: {free}."
 
-    def _make_room(self, step: int, entry: dict) -> bool:
-        """Whether `step` can be written although its folder exists: not if it is a checkpoint already."""
-        looks = self._looks(step)
-        if looks == "good":
-            if self.meta(step)["checkpoint"]["digests"] != entry["digests"]:
-                raise CheckpointError(
-                    self.directory,
-                    step,
-                    "is there already and holds another state.",
-                    "Training went on from an older step: move the newer ones away, or use a new workdir.",
-                    exit_code=2,
-                )
-            return False
+    def _same_as_stored(self, step: int, entry: dict) -> None:
+        """A step that is there already must hold this very state."""
+        if self.meta(step)["checkpoint"]["digests"] != entry["digests"]:
+            raise CheckpointError(
+                self.directory,
+                step,
+                "is there already and holds another state.",
+                "Training went on from an older step: move the newer ones away, or use a new workdir.",
+                exit_code=2,
+            )
+
+    def _move_away(self, step: int, looks: str) -> None:
+        """Makes room for a step where a folder of that name lies that is no checkpoint."""
         if jax.process_index() == 0:
             aside = self._set_aside(step)
             print(f"checkpoint: {self.directory / str(step)} was {looks}; renamed to {aside.name}")
         stored.barrier("make-room")
-        return True
 
     def _prune(self) -> None:
         """Deletes the steps that `kept` does not name; folders that are no checkpoints are left alone."""
         if jax.process_index() != 0:
             return
         found = stored.numbered(self.directory)
-        good = [s for s in found if self._looks(s) == "good"]
+        good = [s for s in found if stored.looks(self.directory, s) == "good"]
         for step in good:
             if step not in self._metrics:
                 with contextlib.suppress(Damaged):
@@ -459,10 +473,10 @@ class Checkpoints:
 
     def _candidates(self, step: int | None, log) -> Iterable[int]:
         """Steps to try, newest first; folders that hold nothing of a checkpoint are left out with a word."""
-        found = self._numbered()
-        for stray in (s for s in found if self._looks(s) == "stray"):
+        found = self._listing()
+        for stray in (s for s, looks in found.items() if looks == "stray"):
             log(f"checkpoint: {self.directory / str(stray)} is no checkpoint; ignored")
-        return [s for s in found if self._looks(s) != "stray" and step in (None, s)]
+        return [s for s, looks in found.items() if looks != "stray" and step in (None, s)]
 
     def _nothing_good(self, step: int | None, bad: list[tuple[int, str]]) -> None:
         """None for a fresh start; an error if there was something to restore."""
@@ -473,7 +487,7 @@ class Checkpoints:
         corrupt = []
         if self.directory.exists():
             corrupt = sorted(p.name for p in self.directory.iterdir() if CORRUPT in p.name)
-        if bad or corrupt:
+        if bad or not stored.everywhere(not corrupt):
             causes = "; ".join(f"step {s}: {why}" for s, why in bad) or f"only {corrupt} are left"
             raise CheckpointError(
                 self.directory,

@@ -270,7 +270,7 @@ def preempted() -> bool:
     """
     global _polls, _preempted
     if not _preempted and jax.distributed.is_initialized():
-        check_sigterm()  # 0.3 us; a library may have set its handler at any time
+        check_sigterm()  # 1 us; a library may have set its handler at any time
         _polls += 1
         _preempted = bool(multihost_utils.reached_preemption_sync_point(_polls))
     return _preempted
