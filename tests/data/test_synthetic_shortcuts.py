@@ -277,7 +277,7 @@ def test_motion_tells_the_label():
 def test_shortcuts_with_many_clips():
     count = 4000
     best = check_one_frame(count, margin=0.09)
-    check_states(12_000, margin=0.09)
+    check_states(6000, margin=0.09)
     check_colours(count, margin=0.04)
     check_sound(count)
     moving = check_motion(count, least=0.85)
