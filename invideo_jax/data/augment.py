@@ -1,7 +1,8 @@
 """RandAugment and random erasing for fine-tuning, in NumPy, the same for all frames of a clip.
 
-Source: Cubuk et al., "RandAugment" (2019), with the operations and ranges of timm's increasing set, as the fine-tuning recipes of
-VideoMAE and InternVideo2 use it ('rand-m7-n4-mstd0.5-inc1'); Zhong et al., "Random Erasing" (2017). Pillow's arithmetic is followed.
+Source: Cubuk et al., "RandAugment" (2019), with the operations and ranges of timm's increasing set,
+as the fine-tuning recipes of VideoMAE and InternVideo2 use it ('rand-m7-n4-mstd0.5-inc1'); Zhong et
+al., "Random Erasing" (2017). Pillow's arithmetic is followed.
 """
 
 import dataclasses

@@ -54,8 +54,8 @@ def read_table(
         packets: of the picture stream, in the order of decoding.
         high: stop at packets that are decoded at or after this time.
         max_frames: more are an error.
-        guessed: the stream has B-frames in a format that stores no showing times: only times that are seen to go back and forth
-            are from the parser and right.
+        guessed: the stream has B-frames in a format that stores no showing times: only times that
+            are seen to go back and forth are from the parser and right.
         path: for messages.
 
     Raises:

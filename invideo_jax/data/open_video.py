@@ -1,7 +1,8 @@
 """Opening one video from a local file or from bytes, and refusing everything that is not one.
 
-What is opened comes from other people: a name that ends in .mp4 may be a pipe, a playlist that points elsewhere, text,
-half a file. Each such thing is refused with a short reason code, before or while opening.
+What is opened comes from other people: a name that ends in .mp4 may be a pipe, a playlist that
+points elsewhere, text, half a file. Each such thing is refused with a short reason code, before or
+while opening.
 """
 
 import dataclasses
@@ -36,8 +37,8 @@ REASONS = {
     "codec": "no decoder for this codec in the installed PyAV",
 }
 
-# What a data set of videos is stored in. Playlists (hls, dash, concat), which FFmpeg recognises by content
-# whatever the name, image sequences and devices are not among them.
+# What a data set of videos is stored in. Playlists (hls, dash, concat), which FFmpeg recognises by
+# content whatever the name, image sequences and devices are not among them.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,mxf,nut,h264,hevc"
 _MAGIC = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"0&\xb2u", b"DKIF")
 
@@ -70,8 +71,8 @@ class Limits:
         max_pixels: width times height of a picture.
         max_seconds: length of the file.
         max_frames: pictures listed in the part that is read.
-        decode_seconds: wall time of opening, and again of each decoding call; looked at between packets, so a
-            single read that never returns is not interrupted.
+        decode_seconds: wall time of opening, and again of each decoding call; looked at between
+            packets, so a single read that never returns is not interrupted.
     """
 
     max_pixels: int = 4096 * 2304
@@ -144,8 +145,8 @@ def open_container(
         name: the path for messages, '' for bytes.
 
     Returns:
-        The open container and its largest picture stream that is not a cover picture, set to decode on one
-        thread; packets of all other streams are skipped.
+        The open container and its largest picture stream that is not a cover picture, set to decode
+        on one thread; packets of all other streams are skipped.
 
     Raises:
         BadVideo: it cannot be opened, or lies outside the limits.
@@ -227,8 +228,8 @@ def _pick_stream(container, limits: Limits, name: str):
     if seconds > limits.max_seconds:
         raise BadVideo("too_long", name, f"{seconds:.0f} s, limit {limits.max_seconds:g} s")
     context.options = {"max_pixels": _decoder_limit(limits)}
-    # Slice or frame threads cost 5 to 30 % more CPU, and PyAV's default (all cores) can hang inside workers;
-    # the parallelism is in the pipeline's processes.
+    # Slice or frame threads cost 5 to 30 % more CPU, and PyAV's default (all cores) can hang inside
+    # workers; the parallelism is in the pipeline's processes.
     context.thread_count = 1
     for other in container.streams:
         if other is not stream:

@@ -1,11 +1,12 @@
 """Which frames make a clip: pure functions on frame numbers.
 
-Every function returns int64 [T] frame numbers in [0, n), not falling except where said. `n` is the number of frames of
-the video, `frames` is T. `rng` is a `numpy.random.Generator`; only `integers` and `permutation` of it are called, and the order
-of the draws is the one of the published code, so that its draws can be replayed.
+Every function returns int64 [T] frame numbers in [0, n), not falling except where said. `n` is the
+number of frames of the video, `frames` is T. `rng` is a `numpy.random.Generator`; only `integers`
+and `permutation` of it are called, and the order of the draws is the one of the published code, so
+that its draws can be replayed.
 
-Source: the loaders of VideoMAE (dense, segments), InternVideo2 single_modality (segments_inclusive, window) and InternVideo2
-multi_modality (rand, middle).
+Source: the loaders of VideoMAE (dense, segments), InternVideo2 single_modality (segments_inclusive,
+window) and InternVideo2 multi_modality (rand, middle).
 """
 
 import numpy as np
@@ -20,15 +21,16 @@ def _check(n: int, frames: int, **positive: float) -> None:
 def dense(n: int, frames: int, stride: int, rng, *, jitter: bool = False) -> np.ndarray:
     """One window of T frames `stride` apart at a random offset (VideoMAE pretraining).
 
-    A window is T * stride frames long. Of a video too short for it the frames 0, stride, 2 * stride, ... are taken, and the last
-    of them is repeated.
+    A window is T * stride frames long. Of a video too short for it the frames 0, stride, 2 *
+    stride, ... are taken, and the last of them is repeated.
 
     Args:
         n: frames of the video, at least 1.
         frames: T, at least 1.
         stride: distance, at least 1.
         rng: draws the offset, uniform in [0, n - T * stride].
-        jitter: moves each frame by a random 0 to stride - 1; one that would leave the video stays where it is.
+        jitter: moves each frame by a random 0 to stride - 1; one that would leave the video stays
+            where it is.
     """
     _check(n, frames, stride=stride)
     free = n - frames * stride + 1
@@ -46,8 +48,8 @@ def dense(n: int, frames: int, stride: int, rng, *, jitter: bool = False) -> np.
 def dense_view(n: int, frames: int, stride: int, view: int, views: int) -> np.ndarray:
     """Window `view` of `views` spread evenly over the video (test of models trained on dense clips).
 
-    Window v starts at int(v * (n - T * stride) / (views - 1)), a single one in the middle; where frames run out, the last is
-    repeated.
+    Window v starts at int(v * (n - T * stride) / (views - 1)), a single one in the middle; where
+    frames run out, the last is repeated.
     """
     _check(n, frames, stride=stride, views=views)
     _check_view(view, views)
@@ -59,8 +61,9 @@ def dense_view(n: int, frames: int, stride: int, view: int, views: int) -> np.nd
 def window(n: int, frames: int, stride: int, rng=None) -> np.ndarray:
     """T frames spread over a window of T * stride (dense fine-tuning); the middle window without `rng`.
 
-    The frames are `linspace` over the window, both ends in, rounded down: the distance is a little more than `stride`. Of a video
-    not longer than the window, n // stride frames are spread over all of it and the last is repeated.
+    The frames are `linspace` over the window, both ends in, rounded down: the distance is a little
+    more than `stride`. Of a video not longer than the window, n // stride frames are spread over
+    all of it and the last is repeated.
     """
     _check(n, frames, stride=stride)
     length = frames * stride
@@ -68,7 +71,8 @@ def window(n: int, frames: int, stride: int, rng=None) -> np.ndarray:
         few = n // stride
         spread = np.concatenate([np.linspace(0, n, num=few), np.full(frames - few, n)])
         return np.clip(spread, 0, n - 1).astype(np.int64)
-    # The published validation branch uses (n - length) // 2 as the end, not the start, and gets negative numbers.
+    # The published validation branch uses (n - length) // 2 as the end, not the start, and gets
+    # negative numbers.
     end = int(rng.integers(length, n)) if rng is not None else length + (n - length) // 2
     return np.clip(np.linspace(end - length, end, num=frames), end - length, end - 1).astype(
         np.int64
@@ -78,8 +82,8 @@ def window(n: int, frames: int, stride: int, rng=None) -> np.ndarray:
 def segments(n: int, frames: int, rng=None) -> np.ndarray:
     """One random frame inside each of T equal parts; the middle frame of each without `rng`.
 
-    Part k holds the frames of [k * n / T, (k + 1) * n / T). Below T frames a part without a frame of its own takes the
-    frame that its middle falls on, so the video is spread over the clip.
+    Part k holds the frames of [k * n / T, (k + 1) * n / T). Below T frames a part without a frame
+    of its own takes the frame that its middle falls on, so the video is spread over the clip.
     """
     _check(n, frames)
     k = np.arange(frames)
@@ -94,7 +98,8 @@ def segments(n: int, frames: int, rng=None) -> np.ndarray:
 def tsn_segments(n: int, frames: int, rng) -> np.ndarray:
     """As `segments`, with parts of n // T frames each: up to T - 1 frames at the end are never taken.
 
-    The published rule (VideoMAE and TSN on Something-Something): with fewer than T frames the first is taken T times.
+    The published rule (VideoMAE and TSN on Something-Something): with fewer than T frames the first
+    is taken T times.
     """
     _check(n, frames)
     length = n // frames
@@ -113,7 +118,8 @@ def tsn_middle(n: int, frames: int) -> np.ndarray:
 def tsn_view(n: int, frames: int, view: int) -> np.ndarray:
     """The two test clips of Something-Something: clip 0 starts its parts at the middle, clip 1 at the edge.
 
-    Both are every second frame of the sorted union of `tsn_middle` and the first frames of the parts.
+    Both are every second frame of the sorted union of `tsn_middle` and the first frames of the
+    parts.
     """
     _check(n, frames)
     _check_view(view, 2)
@@ -155,8 +161,8 @@ def _pad(indices: np.ndarray, frames: int) -> np.ndarray:
 def rand(n: int, frames: int, rng) -> np.ndarray:
     """A random frame of each of T intervals, never the last of an interval (multi-modal training, as published).
 
-    With an interval shorter than 2 frames, T distinct random frames of all, sorted. With fewer than T frames all, and the
-    last repeated.
+    With an interval shorter than 2 frames, T distinct random frames of all, sorted. With fewer than
+    T frames all, and the last repeated.
     """
     _check(n, frames)
     low, high = _intervals(n, frames)
@@ -179,8 +185,9 @@ def by_time(
 ) -> np.ndarray:
     """T frames at `stride / fps` seconds from each other: right for variable frame rates.
 
-    Each wanted time takes the nearest shown frame (the earlier one of two as near). The window is T * stride / fps seconds long, at a
-    random place with `rng`, else at place `view[0]` of `view[1]` spread evenly. Times after the end take the last frame.
+    Each wanted time takes the nearest shown frame (the earlier one of two as near). The window is T
+    * stride / fps seconds long, at a random place with `rng`, else at place `view[0]` of `view[1]`
+    spread evenly. Times after the end take the last frame.
 
     Args:
         times: float [n] rising, seconds.

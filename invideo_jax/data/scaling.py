@@ -14,7 +14,8 @@ class View:
     """Which part of a picture is wanted, and how large.
 
     Args:
-        box: (x, y, width, height) in pixels of the picture as shown (after rotation); None for all of it.
+        box: (x, y, width, height) in pixels of the picture as shown (after rotation); None for all
+            of it.
         size: (width, height) of the result; None for the size of the box.
         interpolation: 'bilinear' (antialiased when shrinking) or 'bicubic'.
     """
@@ -39,13 +40,13 @@ def shown_size(frame: av.VideoFrame) -> tuple[int, int]:
 class Scaler:
     """Makes uint8 RGB arrays of one view of frames of one video.
 
-    Keeps one swscale context: a new one for each frame costs up to three times the scaling itself, and its default
-    of one thread per core makes worker processes fight.
+    Keeps one swscale context: a new one for each frame costs up to three times the scaling itself,
+    and its default of one thread per core makes worker processes fight.
 
     Args:
         view: the part wanted.
-        reference: (width, height) as shown that the box of `view` is given in. A frame of another size (some streams
-            change it) gives the same part of the picture.
+        reference: (width, height) as shown that the box of `view` is given in. A frame of another
+            size (some streams change it) gives the same part of the picture.
     """
 
     def __init__(self, view: View, reference: tuple[int, int]):
@@ -68,7 +69,8 @@ class Scaler:
         out_w, out_h = self.size
         zoom_w, zoom_h = round(width * out_w / w), round(height * out_h / h)
         if zoom_w * zoom_h <= width * height:
-            # Scale all of the picture so that the box gets the wanted size, then slice: full-size RGB is never made.
+            # Scale all of the picture so that the box gets the wanted size, then slice: full-size
+            # RGB is never made.
             image = self._turned(self._scale, frame, turns, max(zoom_w, out_w), max(zoom_h, out_h))
             left, top = round(x * out_w / w), round(y * out_h / h)
             left, top = min(left, image.shape[1] - out_w), min(top, image.shape[0] - out_h)

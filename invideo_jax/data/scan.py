@@ -2,9 +2,10 @@
 
     python -m invideo_jax.data.scan FOLDER_OR_MANIFEST --output=manifest.jsonl
 
-One JSON row a clip: its path, the columns of the manifest it came from, what the file holds (seconds, frames, fps, width,
-height, codec, pix_fmt, rotation, keyframes, has_audio, audio_rate, audio_channels, bytes), `truncated` and a `note` for a file
-cut short but usable up to the cut, and `error` for an unusable one. Training leaves out rows with an `error`.
+One JSON row a clip: its path, the columns of the manifest it came from, what the file holds
+(seconds, frames, fps, width, height, codec, pix_fmt, rotation, keyframes, has_audio, audio_rate,
+audio_channels, bytes), `truncated` and a `note` for a file cut short but usable up to the cut, and
+`error` for an unusable one. Training leaves out rows with an `error`.
 """
 
 import argparse
@@ -176,7 +177,8 @@ def scan(
 
     Args:
         source: a folder of videos, or a manifest.
-        output: a .jsonl file. Paths in it are relative to its folder where the videos lie below that, else absolute.
+        output: a .jsonl file. Paths in it are relative to its folder where the videos lie below
+            that, else absolute.
         roots: folders besides the source's own that the paths of a manifest may lead to.
         sample, limits: see `scan_file`.
         workers: processes; None chooses by the number of files and cores.

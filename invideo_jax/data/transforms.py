@@ -1,7 +1,7 @@
 """From a video to one clip of fixed size: which frames, which box of the picture, flipped or not, augmented.
 
-Every random choice comes from the generator that is passed in, in a fixed order (frames, box, flip, augmentation, erasing),
-and holds for all frames of the clip: an equal generator gives equal bytes.
+Every random choice comes from the generator that is passed in, in a fixed order (frames, box, flip,
+augmentation, erasing), and holds for all frames of the clip: an equal generator gives equal bytes.
 """
 
 import dataclasses
@@ -26,19 +26,23 @@ class ClipSpec:
     Args:
         frames: T.
         size: height and width S of the clip.
-        sampling: the rule for the frames, see `invideo_jax.data.sampling`: 'dense' (pretraining), 'window' (dense
-            fine-tuning), 'segments', 'segments_inclusive' (sparse fine-tuning), 'tsn', 'rand' and 'middle' (multi-modal).
+        sampling: the rule for the frames, see `invideo_jax.data.sampling`: 'dense' (pretraining),
+            'window' (dense fine-tuning), 'segments', 'segments_inclusive' (sparse fine-tuning),
+            'tsn', 'rand' and 'middle' (multi-modal).
         stride: distance of frames, for 'dense' and 'window'.
-        fps: only for 'dense': rate that the video is seen at, by the times of its frames; 0 counts frames.
-        crop: 'multi_scale' (corners and fixed places, pretraining), 'random_resized', 'center', 'three_crop' (along the long
-            side), 'resize' (all of the picture, its shape not kept).
+        fps: only for 'dense': rate that the video is seen at, by the times of its frames; 0 counts
+            frames.
+        crop: 'multi_scale' (corners and fixed places, pretraining), 'random_resized', 'center',
+            'three_crop' (along the long side), 'resize' (all of the picture, its shape not kept).
         scales: shares of the short side, for 'multi_scale'.
-        crop_scale, crop_ratio: ranges of the share of the area and of width / height, for 'random_resized'.
+        crop_scale, crop_ratio: ranges of the share of the area and of width / height, for
+            'random_resized'.
         crop_index: 0, 1 or 2, for 'three_crop'.
         flip: probability of mirroring left and right.
         randaugment: e.g. 'rand-m7-n4-mstd0.5-inc1', or '' for none.
         erase: probability of erasing one box of all frames.
-        views: 0 draws the frames at random; v >= 1 takes place `view` of v fixed places spread over the video.
+        views: 0 draws the frames at random; v >= 1 takes place `view` of v fixed places spread over
+            the video.
         view: which of the `views` places.
         interpolation: 'bilinear' or 'bicubic'.
     """
@@ -141,7 +145,8 @@ class ClipInfo:
         flipped: mirrored left and right.
         padded: how many of the T frames repeat another one because the video has too few.
         fallback: frames had to be counted from the start of the file.
-        truncated: the file ends before its declared length; the clip is from the part that is there.
+        truncated: the file ends before its declared length; the clip is from the part that is
+            there.
     """
 
     indices: tuple[int, ...]
@@ -251,8 +256,8 @@ def multi_scale_box(
 ) -> Box:
     """A box at one of 13 fixed places, its sides each a share of the short side, at most one step of `scales` apart.
 
-    Source: the multi-scale crop of TSN, as in VideoMAE pretraining (scales 1, .875, .75, .66). A side within 2 pixels of the
-    clip's size is set to that size, so that nothing is resized.
+    Source: the multi-scale crop of TSN, as in VideoMAE pretraining (scales 1, .875, .75, .66). A
+    side within 2 pixels of the clip's size is set to that size, so that nothing is resized.
     """
     short = min(width, height)
     sides = [int(short * s) for s in scales]

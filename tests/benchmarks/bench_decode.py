@@ -2,17 +2,19 @@
 
     python tests/benchmarks/bench_decode.py [--repeats=5] [FILES...]
 
-Without FILES, writes H.264 clips of 568 x 320 with PyAV (3 s with one keyframe, 20 s with one each second). For each clip and
-each plan (sparse8: one random frame in each of 8 segments; dense16: 16 frames at stride 4) it prints clips per CPU-second, which is
-per core, of
+Without FILES, writes H.264 clips of 568 x 320 with PyAV (3 s with one keyframe, 20 s with one each
+second). For each clip and each plan (sparse8: one random frame in each of 8 segments; dense16: 16
+frames at stride 4) it prints clips per CPU-second, which is per core, of
 
-    needed    the limit: PyAV on one thread seeks to the keyframe of each needed group of pictures, decodes up to its last wanted frame,
-              and converts nothing
-    ffmpeg    the same frames by `ffmpeg -threads 1 -f null`, less the CPU time of starting it; only where ffmpeg is installed
+    needed    the limit: PyAV on one thread seeks to the keyframe of each needed group of pictures,
+              decodes up to its last wanted frame, and converts nothing
+    ffmpeg    the same frames by `ffmpeg -threads 1 -f null`, less the CPU time of starting it; only
+              where ffmpeg is installed
     reader    VideoReader: 224 x 224 RGB of the wanted frames
     load_clip the whole of it: sampling, multi-scale crop, flip
 
-and the share of the limit that the reader reaches (target: 0.8). Methods take turns in one process; medians.
+and the share of the limit that the reader reaches (target: 0.8). Methods take turns in one process;
+medians.
 """
 
 import argparse

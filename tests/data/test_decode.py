@@ -40,7 +40,7 @@ def reason_of(source, indices=None, **limits) -> str:
     return ""
 
 
-# Exact frames ----------------------------------------------------------------------------------------------------
+# Exact frames -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", files.KINDS)
@@ -137,7 +137,7 @@ def test_real_clips_equal_plain_decoding(shared):
             assert reader.fallbacks == 0, path
 
 
-# What the file says ----------------------------------------------------------------------------------------------
+# What the file says -------------------------------------------------------------------------------
 
 
 def test_info(folder):
@@ -196,7 +196,7 @@ def test_part_behind_the_end_is_bad(clip):
         VideoReader(clip, start=9, end=10)
 
 
-# Pixels ----------------------------------------------------------------------------------------------------------
+# Pixels -------------------------------------------------------------------------------------------
 
 
 def test_view_crops_and_scales_like_area_averaging(folder):
@@ -288,7 +288,7 @@ def test_size_that_changes_in_the_stream(folder):
     assert np.abs(got[:12] - wanted).mean() < 8 and np.abs(got[12:] - wanted).mean() < 8
 
 
-# Bad videos ------------------------------------------------------------------------------------------------------
+# Bad videos ---------------------------------------------------------------------------------------
 
 
 def test_not_a_file(folder, clip, tmp_path):

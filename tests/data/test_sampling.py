@@ -24,7 +24,7 @@ class Fixed:
         return draw
 
 
-# Closed forms ----------------------------------------------------------------------------------------------------
+# Closed forms -------------------------------------------------------------------------------------
 
 
 def test_dense_is_a_window_at_the_drawn_offset():
@@ -117,7 +117,7 @@ def test_errors_name_the_argument():
         sampling.by_time([0.0, 1.0], 4, 0.0, 1)
 
 
-# Plain loops and invariances -----------------------------------------------------------------------------------
+# Plain loops and invariances ----------------------------------------------------------------------
 
 RULES = {
     "dense": lambda n, t, s, rng: sampling.dense(n, t, s, rng),
@@ -172,7 +172,7 @@ def test_segments_reach_every_frame():
     assert dense == set(range(25))  # offsets 0 to 40 - 16
 
 
-# The published code's examples ---------------------------------------------------------------------------------
+# The published code's examples --------------------------------------------------------------------
 
 
 class NumpyDraws:
@@ -280,8 +280,9 @@ def test_fine_tuning_dense_examples(examples):
     ]
     same, other = agreement(rows, fine_tuning_dense)
     assert len(same) == 252 + 189 + 72
-    # Deliberately different, all of them validation of videos longer than the window: InternVideo2 takes the
-    # middle offset for the end (negative numbers), VideoMAE a random window; here it is the middle window.
+    # Deliberately different, all of them validation of videos longer than the window: InternVideo2
+    # takes the middle offset for the end (negative numbers), VideoMAE a random window; here it is
+    # the middle window.
     assert len(other) == 54
     for e in other:
         assert e["mode"] == "validation" and e["video_len"] > e["clip_len"] * e["frame_sample_rate"]
@@ -310,8 +311,8 @@ def test_something_something_examples(examples):
         if e["test_num_segment"] == 2 or e["mode"] != "test"
     ]
     same, other = agreement(rows, something)
-    # Deliberately different: the raw-frame loader's own rules (short videos padded at the front, its middle one frame off)
-    # and VideoMAE's validation, which draws at random.
+    # Deliberately different: the raw-frame loader's own rules (short videos padded at the front,
+    # its middle one frame off) and VideoMAE's validation, which draws at random.
     assert {(e["impl"], e["mode"]) for e in other} == {
         ("IV2.SSRawFrameClsDataset.load_frame", "train"),
         ("IV2.SSRawFrameClsDataset.load_frame", "validation"),
