@@ -2,7 +2,7 @@
 
     bash launch/quickstart.sh
 
-or, with the dataset made by `python -m invideo_jax.data.synthetic data/synthetic`,
+or, with the dataset made by `python -m invideo_jax.data.synthetic --output=data/synthetic`,
 
     python -m invideo_jax.train --config=configs/quickstart.py --workdir=workdir
 
