@@ -36,6 +36,8 @@ def test_dense_is_a_window_at_the_drawn_offset():
 
 def test_dense_of_a_short_video_repeats_its_last_frame():
     assert sampling.dense(15, 8, 4, Fixed()).tolist() == [0, 4, 8, 12, 12, 12, 12, 12]
+    # As published: the step to frame 12 of 13 is not taken.
+    assert sampling.dense(13, 5, 4, Fixed()).tolist() == [0, 4, 8, 8, 8]
     assert sampling.dense(1, 4, 4, Fixed()).tolist() == [0, 0, 0, 0]
 
 
