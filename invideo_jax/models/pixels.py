@@ -32,9 +32,14 @@ def constants(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalise(video: jax.Array, name: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """uint8 pixels [..., C] to (x / 255 - mean) / std, computed in float32, given as `dtype`."""
+    """uint8 pixels [..., C] to (x / 255 - mean) / std, in `dtype`, computed in at least float32."""
     mean, std = constants(name)
-    return ((video.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
+    return ((zero_to_one(video, dtype) - mean) / std).astype(dtype)
+
+
+def zero_to_one(video: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """uint8 pixels as x / 255 in `dtype`, but in no less than float32."""
+    return video.astype(jnp.promote_types(dtype, jnp.float32)) / 255.0
 
 
 def unnormalise(video: jax.Array, name: str) -> jax.Array:

@@ -173,7 +173,7 @@ class VideoMAE(nn.Module):
             position = jnp.take(position[0], visible, axis=0)
         if x.dtype == jnp.uint8:
             x = x.reshape(*x.shape[:2], -1, self.channels)
-            x = pixels.normalise(x, self.normalisation).reshape(*x.shape[:2], -1)
+            x = pixels.normalise(x, self.normalisation, self.dtype).reshape(*x.shape[:2], -1)
         x = constrain(self.patch_embed(x), "batch", "tokens", "act_embed")
         out = {"embedded": x + position.astype(self.dtype)}
         x, blocks = self.encoder(out["embedded"], keys=keys, features=features)

@@ -59,7 +59,7 @@ def target_cubes(model: VideoMAE, video: jax.Array, hidden: jax.Array) -> jax.Ar
     cubes = pixels.patchify(video, tubelet=model.tubelet, patch=model.patch)
     cubes = masking.gather(cubes, hidden)
     if video.dtype == jnp.uint8:
-        return cubes.astype(jnp.float32) / 255.0
+        return pixels.zero_to_one(cubes, model.dtype)
     by_channel = cubes.reshape(*cubes.shape[:2], -1, model.channels)
     return pixels.unnormalise(by_channel, model.normalisation).reshape(cubes.shape)
 
@@ -200,7 +200,7 @@ def make_reconstruct(
             )
             by_channel = cubes.astype(jnp.float32).reshape(*cubes.shape[:2], -1, model.channels)
             cubes = (by_channel * spread + middle).reshape(cubes.shape)
-        whole = cut(video.astype(jnp.float32) / 255.0)
+        whole = cut(pixels.zero_to_one(video))
         grey = jnp.full_like(cubes, 0.5)
         filled = [masking.scatter(whole, x, hidden) for x in (grey, jnp.clip(cubes, 0, 1))]
         return join(whole), join(filled[0]), join(filled[1])

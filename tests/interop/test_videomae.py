@@ -84,7 +84,7 @@ def test_keys_and_their_order_of_full_sizes(shared, file, layout, size):
     narrow = dict(width=8, heads=1, mlp_width=8, patch=2, image_size=4)
     narrow |= dict(decoder_width=8, decoder_heads=1, decoder_mlp_width=8)
     # Keys follow from the depth alone; shapes too are compared where the memory for it is small.
-    model = video_mae.build(size, **({} if size == "S" else narrow))
+    model = video_mae.build(size, scan=True, **({} if size == "S" else narrow))
     state = to_state_dict(
         random_params(model), layout=layout, cube=(model.tubelet, model.patch, model.patch)
     )

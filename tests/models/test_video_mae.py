@@ -45,7 +45,7 @@ def count(tree):
 
 @pytest.mark.parametrize("size", [s for s, row in sizes.VIDEO_MAE.items() if row.params])
 def test_parameter_counts_are_the_published_ones(size):
-    row, model = sizes.video_mae(size), video_mae.build(size)
+    row, model = sizes.video_mae(size), video_mae.build(size, scan=True)
     params = jax.eval_shape(lambda: video_mae.init(model, jax.random.key(0)))
     encoder = {name: params[name] for name in ("patch_embed", "encoder", "norm")}
     assert count(params) == row.params

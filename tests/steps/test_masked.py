@@ -24,7 +24,7 @@ def batch_of(rows, seed=0, start=0):
     rng = np.random.default_rng(seed)
     # Smooth moving pictures, so that there is something to learn.
     t, y, x = np.meshgrid(np.arange(4), np.arange(16), np.arange(16), indexing="ij")
-    phase = rng.uniform(0, 6, (rows, 1, 1, 1, 3))
+    phase = 0.2 * rng.uniform(-1, 1, (rows, 1, 1, 1, 3))
     wave = np.sin(0.3 * (x + y + 2 * t)[None, ..., None] + phase)
     video = np.rint(127 + 120 * wave).astype(np.uint8)
     return dict(
@@ -41,7 +41,7 @@ def start(model, tx, **options):
 
 
 def test_step_learns_compiles_once_and_takes_its_state(caplog):
-    model, tx = tiny(), optax.adamw(3e-3)
+    model, tx = tiny(), optax.adamw(1e-2)
     step = jax.jit(
         masked.make_train_step(
             model=model, tx=tx, stage_key=KEY, mask=MASK, schedule=lambda n: 3e-3 + 0 * n
@@ -50,7 +50,7 @@ def test_step_learns_compiles_once_and_takes_its_state(caplog):
     )
     current, first = start(model, tx), None
     with caplog.at_level(logging.WARNING), jax.log_compiles():
-        for n in range(60):
+        for n in range(25):
             given = current
             current, metrics = step(current, batch_of(8, seed=n, start=8 * n))
             first = first or float(metrics["loss"].value)
@@ -61,8 +61,8 @@ def test_step_learns_compiles_once_and_takes_its_state(caplog):
     ]
     assert compiled == [] and step._cache_size() == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(given))  # donated, as said
-    assert float(metrics["loss"].value) < 0.6 < 0.9 < first
-    assert int(current.step) == 60 and int(current.counters.skipped) == 0
+    assert float(metrics["loss"].value) < 0.5 < 0.9 < first
+    assert int(current.step) == 25 and int(current.counters.skipped) == 0
 
 
 def test_loss_against_the_formula_written_out():
