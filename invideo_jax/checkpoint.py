@@ -517,6 +517,7 @@ class Checkpoints:
             Exception
         ) as error:  # Orbax wraps every cause in a NoEntryError that does not tell it
             problem = stored.root_cause(error)
+        stored.align_operations()
         if not stored.everywhere(problem is None):
             raise Damaged(problem or "another process could not read its part")
         found, not_finite = digests.tree_digests(named)

@@ -400,11 +400,13 @@ class Watchdog:
         self.file = Path(workdir) / f"hang-{jax.process_index()}.txt"
         self._phase, self._last = "startup", time.monotonic()
         self._steps: list[float] = []
-        self._closed = threading.Event()
+        self._closed, self._others_hang = threading.Event(), threading.Event()
 
     def __enter__(self) -> "Watchdog":
         self._last = time.monotonic()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if jax.process_count() > 1:
+            threading.Thread(target=self._watch_others, name="watchdog-others", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -435,13 +437,22 @@ class Watchdog:
         while not self._closed.wait(min(1.0, shortest / 5)):
             limit, idle = self.limit(), time.monotonic() - self._last
             if limit and idle > limit:
-                self._expire(idle, limit)
+                self._expire(f"no progress for {idle:.0f} s (limit {limit:.0f} s)")
+            elif self._others_hang.is_set():
+                self._expire(f"another process found a hang; no progress here for {idle:.0f} s")
 
-    def _expire(self, idle: float, limit: float) -> None:
-        message = (
-            f"no progress in phase '{self._phase}' for {idle:.0f} s (limit {limit:.0f} s) on "
-            f"{socket.gethostname()}, process {jax.process_index()}"
-        )
+    def _watch_others(self) -> None:
+        """Looks for the stacks of other processes, whose limits may be shorter; its own thread, as storage may hang."""
+        sizes = lambda: {p.name: p.stat().st_size for p in self.file.parent.glob("hang-*.txt")}
+        before = sizes()
+        while not self._closed.wait(1.0):
+            with contextlib.suppress(OSError):
+                if sizes() != before:
+                    self._others_hang.set()
+
+    def _expire(self, what: str) -> None:
+        where = f"phase '{self._phase}', {socket.gethostname()}, process {jax.process_index()}"
+        message = f"{what}; {where}"
         print(f"hang: {message}; stacks in {self.file}", file=sys.stderr, flush=True)
         writer = threading.Thread(target=self._dump, args=(message,), daemon=True)
         writer.start()

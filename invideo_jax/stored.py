@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
 from invideo_jax import digests
 
@@ -74,6 +75,20 @@ def everywhere(ok: bool) -> bool:
 def barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"checkpoint-{name}")
+
+
+def align_operations() -> None:
+    """Brings Orbax's count of operations to the same number on all processes; they must call it together.
+
+    The count names the barriers of a save. A process whose read failed early has counted one less, and the next save
+    would wait for the others for ever (seen with two processes). Orbax has no public way to say it.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = int(OperationIdGenerator.get_current_operation_id())
+    most = np.max(multihost_utils.process_allgather(np.array([mine], np.int32)))
+    for _ in range(int(most) - mine):
+        OperationIdGenerator.next_operation_id()
 
 
 def root_cause(error: BaseException | None) -> str:

@@ -95,6 +95,17 @@ def test_damage_that_one_process_sees_is_agreed_on(copy, tmp_path):
     assert time.monotonic() - began < 60
 
 
+def test_a_step_that_one_process_cannot_read_is_skipped_by_all(copy, tmp_path):
+    """Without an agreement the one would go on to an older step and the other would train."""
+    runs = together(
+        tmp_path, copy, "--steps", 4, "--keep", 9, "--do", "unreadable", "--on", 1, processes=2
+    )
+    assert ends(runs) == [0, 0], runs[0].text + runs[1].text
+    assert {run.find(r"^restored (\d+)") for run in runs} == {"3"}
+    assert "step 4 is damaged and is not used: another process could not read" in runs[0].text
+    assert "step 4 is damaged and is not used: OSError: planned." in runs[1].text
+
+
 def test_sigterm_to_one_saves_one_step_on_all(tmp_path):
     folder = tmp_path / "w"
     runs = together(

@@ -108,6 +108,7 @@ def test_sigterm_while_starting_stops_at_the_first_poll(tmp_path):
     assert steps_of(folder) == [int(run.find(r"^stopping (\d+)"))] and steps_of(folder)[0] <= 40
 
 
+@pytest.mark.slow
 def test_two_sigterms_are_one(tmp_path):
     folder = tmp_path / "w"
     run = Run(tmp_path, folder, *ENDLESS).until("^step 2$").signal(signal.SIGTERM)
@@ -161,7 +162,7 @@ def test_a_hang_ends_with_all_stacks_on_disk(tmp_path):
     assert run.end() == runtime.RESTART, run.text
     assert 1 < time.monotonic() - began < 8
     stacks = (folder / "hang-0.txt").read_text()
-    assert "no progress in phase 'step' for" in stacks and "in misbehave" in stacks
+    assert "no progress for" in stacks and "phase 'step'" in stacks and "in misbehave" in stacks
     assert run.find(r"^saving (\d+)") == "2" and steps_of(folder) == [1, 2]
 
 
@@ -387,6 +388,7 @@ def test_space_is_counted(tmp_path):
     workdir.check_space(tmp_path, free // 4, 3, existing=3)
 
 
+@pytest.mark.slow
 def test_kill_9_then_the_same_command_at_once(tmp_path):
     folder = tmp_path / "w"
     Run(tmp_path, folder, *ENDLESS).until("^step 3$").kill()
@@ -397,6 +399,7 @@ def test_kill_9_then_the_same_command_at_once(tmp_path):
     assert again.end() == 0
 
 
+@pytest.mark.slow
 def test_listing_needs_no_lock(tmp_path):
     folder = tmp_path / "w"
     run = Run(tmp_path, folder, *ENDLESS, "--keep", 50).until("^step 9$")

@@ -23,7 +23,9 @@ def arguments():
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--at", type=int, default=-1)
     parser.add_argument(
-        "--do", default="", help="at that step: raise, thread, exit, hang, handler, compile, differ"
+        "--do",
+        default="",
+        help="at that step: raise, thread, exit, hang, handler, differ, unreadable",
     )
     parser.add_argument("--on", type=int, default=0, help="process that does it")
     parser.add_argument("--limit", type=float, default=60.0)
@@ -102,6 +104,20 @@ def misbehave(what):
         signal.signal(signal.SIGTERM, lambda *_: None)
 
 
+def refuse_to_read(step):
+    """Reading this step fails in this process only."""
+    from invideo_jax import stored
+
+    real = stored.read_onto
+
+    def read_onto(folder, wanted):
+        if folder.name == str(step):
+            raise OSError("planned")
+        return real(folder, wanted)
+
+    stored.read_onto = read_onto
+
+
 def main() -> int:
     args, stop = arguments(), False
     runtime.start(
@@ -138,6 +154,8 @@ def main() -> int:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=auto)
         abstract = abstract_state(mesh, args.rows)
         init, train_step = make_step(abstract)
+        if args.do == "unreadable" and jax.process_index() == args.on:
+            refuse_to_read(4)
         restored = checkpoints.restore(abstract, log=say)
         if restored is None:
             state, first = init(), 0
