@@ -380,6 +380,12 @@ def test_prepared_shards_are_picked_by_split(videos, tmp_path):
     assert open_source(spec, split="test").fingerprint() != train.fingerprint()
     with pytest.raises(SourceError, match='no split "val"'):
         open_source(spec, split="val")
+    prepare(os.path.dirname(videos[0]), tmp_path / "plain")  # no splits: the same examples for any
+    prints = {
+        open_source(f"arrayrecord:{tmp_path / 'plain'}", split=s).fingerprint()
+        for s in ("train", "val")
+    }
+    assert len(prints) == 1
     next((tmp_path / "out").glob("test-*")).unlink()
     with pytest.raises(SourceError, match="1 are missing"):
         open_source(spec, split="train")

@@ -132,7 +132,7 @@ def open_source(
     else:
         shards = {shard["file"]: shard for shard in index["shards"]}
         chosen = _choose(pattern, paths, shards, split)
-        known = [index["fingerprint"], split or "", *(os.path.basename(p) for p in chosen)]
+        known = [index["fingerprint"], *(os.path.basename(p) for p in chosen)]
         counts = [shards[os.path.basename(path)]["count"] for path in chosen]
         source = ArrayRecordSource(pattern, chosen, counts, index["classes"], digest(known))
     source.notes = notes
