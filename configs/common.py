@@ -66,15 +66,21 @@ def masked_stage() -> ml_collections.ConfigDict:
     stage.optimizer.b2 = 0.95
     stage.optimizer.eps = 1e-8
     stage.optimizer.weight_decay = 0.05
-    stage.optimizer.layer_decay = 1.0
-    stage.optimizer.freeze = ()  # regular expressions on parameter paths
+    stage.optimizer.momentum = 0.95  # of muon and sgd
+    # Patterns are regular expressions on parameter paths ('encoder/blocks/query/kernel'); --explain lists them.
+    stage.optimizer.no_decay = ()  # spared from weight decay, besides norms, biases and position tables
+    stage.optimizer.lr_multipliers = ()  # 'pattern=factor' on the learning rate
+    stage.optimizer.layer_decay = 1.0  # of the rate from block to block, down to the input
+    stage.optimizer.freeze = ()  # not trained
     stage.optimizer.clip_norm = 0.0  # 0: no clipping
 
     stage.schedule = ml_collections.ConfigDict()
     stage.schedule.name = "cosine"
     stage.schedule.warmup = "40 epochs"
-    stage.schedule.final = 1e-5  # the rate at the end, scaled like learning_rate
-    stage.schedule.decay = "20%"  # the last part of a 'wsd' schedule; not read by the others
+    stage.schedule.warmup_start = 0.0  # the rate at the start, scaled like learning_rate
+    stage.schedule.final = 1e-5  # and at the end
+    stage.schedule.decay = "20%"  # the last part of a 'wsd' schedule; the others have none
+    stage.schedule.decay_shape = "linear"  # or 'sqrt'; of 'wsd'
 
     stage.ema_decay = 0.0  # 0: keep no moving average of the parameters
     return stage

@@ -6,6 +6,7 @@ The one place that spells config keys as keyword arguments; a key that nothing t
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from invideo_jax.data.decode import Limits
 from invideo_jax.data.pipeline import Loader
 from invideo_jax.data.sources import Source, SourceError, open_source, parse_mixture
 from invideo_jax.data.transforms import ClipSpec
+from invideo_jax.errors import UserError
 from invideo_jax.evals import EVALUATORS
 from invideo_jax.models import layers, pixels, video_mae
 from invideo_jax.registry import Registry
@@ -193,18 +195,38 @@ def mask_sizes(config: ml_collections.ConfigDict, stage_name: str) -> tuple[int,
     return visible.shape[1], hidden.shape[1]
 
 
+def rate_multipliers(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """('pattern=factor', ...) as pairs.
+
+    Raises:
+        UserError: not of that form, or a negative factor.
+    """
+    pairs = []
+    for text in texts:
+        pattern, _, factor = text.rpartition("=")
+        if not pattern or not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", factor):
+            raise UserError(
+                f"lr_multipliers must hold 'pattern=factor' with a factor of at least 0; got {text!r}."
+            )
+        pairs.append((pattern, float(factor)))
+    return pairs
+
+
 def schedule(config: ml_collections.ConfigDict, stage: Stage) -> optim.Schedule:
     """Learning rate by the number of updates made in the stage."""
     rates, shape = config.stages[stage.name].optimizer, config.stages[stage.name].schedule
     scale = stage.batch_size / rates.scale_by_batch if rates.scale_by_batch else 1.0
     at = f"stages.{stage.name}.schedule"
-    decay = {"decay_steps": stage.to_steps(shape.decay, name=f"{at}.decay")}
+    decay = dict(
+        decay_steps=stage.to_steps(shape.decay, name=f"{at}.decay"), decay_shape=shape.decay_shape
+    )
     return optim.make_schedule(
         shape.name,
         peak=rates.learning_rate * scale,
         end=shape.final * scale,
         steps=stage.steps,
         warmup_steps=stage.to_steps(shape.warmup, name=f"{at}.warmup"),
+        warmup_start=shape.warmup_start * scale,
         **(decay if shape.name == "wsd" else {}),
     )
 
@@ -222,6 +244,9 @@ def masked_program(config: ml_collections.ConfigDict, stage: Stage) -> Program:
         weight_decay=rates.weight_decay,
         betas=(rates.b1, rates.b2),
         eps=rates.eps,
+        momentum=rates.momentum,
+        no_decay=tuple(rates.no_decay),
+        lr_multipliers=rate_multipliers(rates.lr_multipliers),
         layer_decay=rates.layer_decay if rates.layer_decay < 1 else None,
         freeze=tuple(rates.freeze),
     )

@@ -42,7 +42,9 @@ RULES: tuple[Rule, ...] = (
     ("stages.*.optimizer.weight_decay", *_NOT_NEGATIVE),
     ("stages.*.optimizer.layer_decay", lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
     ("stages.*.optimizer.clip_norm", *_NOT_NEGATIVE),
+    ("stages.*.optimizer.momentum", *_SHARE),
     ("stages.*.schedule.final", *_NOT_NEGATIVE),
+    ("stages.*.schedule.warmup_start", *_NOT_NEGATIVE),
     ("data.workers", *_NOT_NEGATIVE),
     ("data.threads", *_NOT_NEGATIVE),
     ("data.bad_share", lambda v: 0 <= v <= 1, "must be between 0 and 1"),
@@ -79,6 +81,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "stages.*.step": tuple(build.STEPS),
         "stages.*.optimizer.name": build.OPTIMIZERS,
         "stages.*.schedule.name": build.SCHEDULES,
+        "stages.*.schedule.decay_shape": ("linear", "sqrt"),
         "stages.*.mask.name": build.MASKS,
         "stages.*.objective": build.OBJECTIVES,
         "stages.*.normalisation": build.NORMALISATIONS,
@@ -163,12 +166,14 @@ def _stage(config: ml_collections.ConfigDict, name: str) -> Iterator[str]:
             f"{at}.schedule.final must be at most {at}.optimizer.learning_rate; got "
             f"final={stage.schedule.final}, learning_rate={stage.optimizer.learning_rate}."
         )
-    for pattern in stage.optimizer.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            yield f"{at}.optimizer.freeze must hold regular expressions; {pattern!r}: {error}."
-    for part in (build.clip_spec, build.mask_sizes):
+    for key in ("freeze", "no_decay", "lr_multipliers"):
+        for pattern in stage.optimizer[key]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"{at}.optimizer.{key} must hold regular expressions; {pattern!r}: {error}."
+    multipliers = lambda config, name: build.rate_multipliers(stage.optimizer.lr_multipliers)
+    for part in (multipliers, build.clip_spec, build.mask_sizes):
         try:
             part(config, name)
         except (ValueError, TypeError) as error:

@@ -146,8 +146,11 @@ class Run:
                 self.folder, steps_done=self.step or None, tensorboard=config.log.tensorboard
             )
             stack.callback(self.writer.close)
+            number = (
+                "" if self.first else f"-{jax.process_index()}"
+            )  # each process lists what it read
             self.ledger = BadLedger(
-                self.folder / "bad_examples.jsonl",
+                self.folder / f"bad_examples{number}.jsonl",
                 max_share=config.data.bad_share,
                 min_count=config.data.bad_count,
                 total=sum(map(len, self.sources)),
@@ -184,6 +187,7 @@ class Run:
         sharding.check_batch(self.mesh, stage.batch_size, accumulation=options.accumulation)
         program = build.program(self.config, stage)
         sharding.check_heads(self.mesh, program.model.heads)
+        sharding.check_heads(self.mesh, program.model.decoder_heads, name="decoder_heads")
         return program
 
     def _refuse_other_config(self) -> None:
@@ -272,8 +276,12 @@ class Run:
                 f"Stage {stage.name} must have the parameters of the stage before it; some differ "
                 "in name or shape. Give both the same model."
             )
+        abstract = sharding.abstract_sharded_state(
+            program.init_params, program.make_state, self.mesh
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
         with sharding.use(self.mesh):
-            self.state = jax.jit(program.make_state)(params)
+            self.state = jax.jit(program.make_state, out_shardings=shardings)(params)
         self.say(
             f"Stage {stage.name} starts with the parameters of the last one, at step {self.step}."
         )

@@ -70,6 +70,10 @@ MISTAKES = {
         "--config.stages.masked.optimizer.freeze=^encodr/",
         "match",
     ),
+    "multiplier without a factor": (
+        "--config.stages.masked.optimizer.lr_multipliers=encoder",
+        "'pattern=factor'",
+    ),
     "broken pattern": ("--config.stages.masked.optimizer.freeze=a(", "regular expressions"),
     "no data": ("--config.data.train=", "data.train must name the training videos"),
     "missing data": ("--config.data.train={videos}x", "must exist"),
