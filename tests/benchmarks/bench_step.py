@@ -6,7 +6,7 @@ PyTorch is `transformers.VideoMAEForPreTraining` with `torch.optim.AdamW`, and m
 must: forward, backward, optimiser. Ours is the whole public step with its finite guard, gradient norm
 and update ratios. Both get float32 and the same clips; PyTorch's are normalised beforehand, ours come
 as uint8. Steps alternate, so that the machine's other work hits both; it hurts PyTorch's
-OpenMP threads more, which wait for each other, so the ratio of least times is printed too.
+OpenMP threads far more, which wait for each other, so only a run on an idle machine says anything.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def main() -> None:
     if len(taken) == 2:
         medians, least = (f(taken["ours"]) / f(taken["theirs"]) for f in (statistics.median, min))
         print(f"ours / PyTorch: {medians:.3f} of medians, {least:.3f} of least (below 1 is faster)")
-        print("On a busy machine only the ratio of least times means anything.")
+        print("Run it alone: other load slows PyTorch far more than JAX, and flatters the ratio.")
 
 
 if __name__ == "__main__":
