@@ -135,6 +135,7 @@ class Run:
                     self.folder / "checkpoints", keep_last=keep.keep_last, keep_best=keep.keep_best
                 )
             )
+            runtime.before_exit(self.checkpoints.last_words)
             self._refuse_other_config()
             use_compilation_cache(self.folder)
             self.watchdog = stack.enter_context(
@@ -210,10 +211,7 @@ class Run:
         abstract = sharding.abstract_sharded_state(
             program.init_params, program.make_state, self.mesh
         )
-        if self.first:
-            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-            keep = self.config.checkpoint
-            workdir.check_space(self.folder, size, keep.keep_last + keep.keep_best)
+        _on_all(lambda: self._check_space(abstract))
         found = self.checkpoints.restore(abstract, log=self.say)
         if found is None:
             self.state = sharding.create_sharded_state(
@@ -222,6 +220,14 @@ class Run:
             return
         self.state, meta = found
         self.step, self.window, self.pending = meta["step"], meta["window"], meta["pending"]
+
+    def _check_space(self, state: TrainState) -> None:
+        """Raises unless the checkpoints that this run keeps will fit; only the first process looks."""
+        if self.first:
+            keep = self.config.checkpoint
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+            there = len(self.checkpoints.steps())
+            workdir.check_space(self.folder, size, keep.keep_last + keep.keep_best, existing=there)
 
     def _write_facts(self) -> None:
         """Keeps the resolved config and the environment in the workdir; prints what will run."""
