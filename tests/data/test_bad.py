@@ -55,7 +55,9 @@ def test_a_resumed_run_lists_nothing_twice_and_ends_a_cut_line(tmp_path):
     assert ledger.count == 0  # may have been repaired: counts once it is met again
     ledger.observe([row(("a", "empty")), row(("b", "empty"))])
     text = path.read_text().splitlines()
-    assert len(text) == 3 and json.loads(text[0])["path"] == "a" and json.loads(text[2])["path"] == "b"
+    assert (
+        len(text) == 3 and json.loads(text[0])["path"] == "a" and json.loads(text[2])["path"] == "b"
+    )
     assert ledger.count == 2
 
 
