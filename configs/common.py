@@ -37,7 +37,8 @@ def masked_stage() -> ml_collections.ConfigDict:
     stage = ml_collections.ConfigDict()
     stage.step = "masked"  # which train step: invideo_jax/steps/
     stage.objective = "pixels"  # which loss of that step
-    # Every duration reads '800 epochs', '20000 steps', '1e6 examples', '40%' (of the stage) or a number of steps.
+    # Every duration reads '800 epochs', '20000 steps', '1e6 examples', '40%' or a number of steps. Percent
+    # are of the stage; for the length of a stage itself, of total_steps.
     stage.length = "1600 epochs"
     stage.batch_size = 2048  # clips a step, over all devices
     stage.accumulation = 1  # microbatches a step; the result does not depend on it
@@ -51,6 +52,14 @@ def masked_stage() -> ml_collections.ConfigDict:
     stage.clip.stride = 4
     stage.clip.crop = "multi_scale"
     stage.clip.flip = 0.5  # probability; rows of a manifest with "flip": false are never flipped
+    stage.clip.fps = (
+        0.0  # with 'dense': frames a second, by the times of the frames; 0 counts frames
+    )
+    stage.clip.crop_scale = (0.08, 1.0)  # share of the area, of 'random_resized'
+    stage.clip.crop_ratio = (0.75, 4 / 3)  # width over height, of 'random_resized'
+    stage.clip.interpolation = "bilinear"
+    stage.clip.randaugment = ""  # as 'rand-m7-n4-mstd0.5-inc1', for fine-tuning
+    stage.clip.erase = 0.0  # probability of erasing a box
 
     stage.normalisation = "imagenet"
     stage.mask = ml_collections.ConfigDict(dict(name="tube", ratio=0.9))
@@ -72,6 +81,7 @@ def masked_stage() -> ml_collections.ConfigDict:
     stage.optimizer.lr_multipliers = ()  # 'pattern=factor' on the learning rate
     stage.optimizer.layer_decay = 1.0  # of the rate from block to block, down to the input
     stage.optimizer.freeze = ()  # not trained
+    stage.optimizer.muon = ()  # the 2-D kernels that muon updates, instead of all those of the blocks
     stage.optimizer.clip_norm = 0.0  # 0: no clipping
 
     stage.schedule = ml_collections.ConfigDict()
@@ -83,6 +93,9 @@ def masked_stage() -> ml_collections.ConfigDict:
     stage.schedule.decay_shape = "linear"  # or 'sqrt'; of 'wsd'
 
     stage.ema_decay = 0.0  # 0: keep no moving average of the parameters
+    stage.ema_warmup = (
+        False  # average over fewer updates at the start: min(ema_decay, (1 + n) / (10 + n))
+    )
     return stage
 
 
@@ -117,6 +130,8 @@ def base() -> ml_collections.ConfigDict:
     c.data.roots = ()  # further folders that a manifest may name files in
     c.data.workers = 0  # decoding processes; 0 decodes in threads of the training process
     c.data.threads = 2
+    c.data.min_seconds = 0.0  # of a clip, where a manifest says it; shorter ones are left out
+    c.data.max_seconds = 0.0  # 0: no limit
     c.data.bad_share = 0.01  # the run stops when more of the videos seen than this are unusable
     c.data.bad_count = 20  # ... and at least so many are
     c.data.max_megapixels = 10.0
@@ -128,8 +143,10 @@ def base() -> ml_collections.ConfigDict:
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = "1000 steps"
     c.checkpoint.keep_last = 3
+    c.checkpoint.keep_every = 0  # also keep every step divisible by this; 0: none
     c.checkpoint.keep_best = 1
-    c.checkpoint.best = "reconstruction/loss"  # the evaluation result that is best when smallest
+    c.checkpoint.best = "reconstruction/loss"  # the evaluation result that says which is best
+    c.checkpoint.best_mode = "min"  # or 'max'
 
     c.evals = ml_collections.ConfigDict()
     c.evals.reconstruction = ml_collections.ConfigDict()

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from invideo_jax import masking, optim, sharding, state
+from invideo_jax.data.bad import BadLedger
 from invideo_jax.data.decode import Limits
 from invideo_jax.data.pipeline import Loader
 from invideo_jax.data.sources import Source, SourceError, open_source, parse_mixture
@@ -105,8 +106,10 @@ def clip_spec(
 ) -> ClipSpec:
     """How a clip is cut from a video; evaluation takes the middle, in time and space, unflipped."""
     clip = config.stages[stage_name].clip
-    held_out = {} if train else dict(crop="center", flip=0.0, views=1)
-    return ClipSpec(**{**clip.to_dict(), **held_out})
+    fixed = {} if train else dict(crop="center", flip=0.0, randaugment="", erase=0.0, views=1)
+    if not train and clip.sampling == "rand":
+        fixed["sampling"] = "middle"  # its fixed counterpart
+    return ClipSpec(**{**clip.to_dict(), **fixed})
 
 
 def train_sources(config: ml_collections.ConfigDict) -> tuple[list[Source], list[float]]:
@@ -116,8 +119,22 @@ def train_sources(config: ml_collections.ConfigDict) -> tuple[list[Source], list
         ValueError: nothing there, or not what the spec says.
     """
     parts, data = parse_mixture(config.data.train), config.data
-    opened = [open_source(spec, split=data.train_split, roots=data.roots) for spec, _ in parts]
+    opened = [_open(spec, data, data.train_split) for spec, _ in parts]
     return opened, [weight for _, weight in parts]
+
+
+def _open(spec: str, data: ml_collections.ConfigDict, split: str) -> Source:
+    filters = dict(min_seconds=data.min_seconds, max_seconds=data.max_seconds)
+    filters = {name: value for name, value in filters.items() if value}
+    try:
+        return open_source(spec, split=split, roots=data.roots, **filters)
+    except TypeError as error:
+        if not filters:
+            raise
+        raise UserError(
+            f"data.{min(filters)} needs a manifest that says how long its videos are; {spec} does not. Make "
+            f"one: python -m invideo_jax.data.scan {spec} --output=manifest.jsonl"
+        ) from error
 
 
 def held_out_sources(config: ml_collections.ConfigDict, train: Sequence[Source]) -> list[Source]:
@@ -133,7 +150,7 @@ def held_out_sources(config: ml_collections.ConfigDict, train: Sequence[Source])
     opened = []
     for (spec, _), source in zip(parts, [None] * len(parts) if data.eval else train):
         try:
-            found = open_source(spec, split=data.eval_split, roots=data.roots)
+            found = _open(spec, data, data.eval_split)
         except SourceError:
             if data.eval:
                 raise
@@ -155,7 +172,7 @@ def loader(
         stage=stage.name,
         workers=data.workers if train else 0,
         threads=data.threads,
-        hang_seconds=config.guard.hang_seconds,
+        hang_seconds=config.guard.hang_seconds / 2,  # sooner than the watchdog: this names the file
         limits=Limits(
             max_pixels=int(data.max_megapixels * 1e6),
             max_seconds=data.max_hours * 3600,
@@ -249,6 +266,7 @@ def masked_program(config: ml_collections.ConfigDict, stage: Stage) -> Program:
         lr_multipliers=rate_multipliers(rates.lr_multipliers),
         layer_decay=rates.layer_decay if rates.layer_decay < 1 else None,
         freeze=tuple(rates.freeze),
+        muon=tuple(rates.muon),
     )
     trainable = optim.trainable_mask(boxed, tuple(rates.freeze))
     key = jax.random.fold_in(jax.random.key(config.seed), stage.key)
@@ -269,6 +287,7 @@ def masked_program(config: ml_collections.ConfigDict, stage: Stage) -> Program:
             clip_norm=options.optimizer.clip_norm or None,
             schedule=rate,
             ema_decay=options.ema_decay or None,
+            ema_warmup=options.ema_warmup,
             trainable=trainable,
             **loss,
         ),
@@ -306,20 +325,31 @@ def evaluators(
     mesh: jax.sharding.Mesh,
     sources: Sequence[Source],
     folder: pathlib.Path,
-    on_batch: Callable[[], None],
+    ledger: BadLedger | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+    only_due: bool = True,
 ) -> dict[str, Any]:
     """The evaluators of a stage by name; see `invideo_jax.evals` for what they do.
 
     Args:
         sources: held-out examples.
-        folder: the workdir, for pictures.
+        folder: where pictures go.
+        ledger: lists videos that cannot be read.
         on_batch: called before each batch (the watchdog is told that the run lives).
+        only_due: leave out those that the config never runs during training.
     """
     ready = {}
     for name, options in config.evals.items():
-        if Duration.parse(options.every).amount:
+        if Duration.parse(options.every).amount or not only_due:
             batches = functools.partial(
-                _held_out_batches, config, made.stage, mesh, sources, options.examples, on_batch
+                held_out_batches,
+                config,
+                made.stage,
+                mesh=mesh,
+                sources=sources,
+                examples=options.examples,
+                ledger=ledger,
+                on_batch=on_batch,
             )
             ready[name] = EVALUATORS.get(name)(
                 batches=batches,
@@ -331,12 +361,27 @@ def evaluators(
     return ready
 
 
-def _held_out_batches(config, stage, mesh, sources, examples, on_batch):
-    """Device batches of the first `examples` held-out clips; the last one is filled with invalid rows."""
+def held_out_batches(
+    config: ml_collections.ConfigDict,
+    stage: Stage,
+    *,
+    mesh: jax.sharding.Mesh,
+    sources: Sequence[Source],
+    examples: int,
+    ledger: BadLedger | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Iterator[dict[str, jax.Array]]:
+    """Device batches of the first `examples` held-out clips; rows beyond them are not valid.
+
+    The clips are the same for every mesh and batch size. One process of each run decodes in threads:
+    starting workers would take longer than most evaluations.
+    """
     unit = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = min(stage.batch_size, -(-min(examples, sum(map(len, sources))) // unit) * unit)
     options = dict(batch_size=rows, rows=sharding.rows_of_process(mesh, rows), train=False)
-    with loader(config, stage, sources, **options, steps=-(-examples // rows)) as batches:
+    steps = -(-examples // rows)
+    with loader(config, stage, sources, **options, steps=steps, ledger=ledger) as batches:
         for host, _ in batches:
             on_batch()
+            host["valid"] &= host["position"] < examples
             yield sharding.global_batch(host, mesh)

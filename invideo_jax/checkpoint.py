@@ -361,14 +361,17 @@ class Checkpoints:
         )
 
     def _free_bytes(self) -> int | None:
-        """Free bytes where the checkpoints lie, as process 0 sees it; None for remote storage."""
+        """Free bytes where the checkpoints lie, as process 0 sees it; None where nobody can say."""
         if "://" in str(self.directory):
             return None
-        free = shutil.disk_usage(self.directory).free
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError:  # the others wait for the number below
+            free = -1
         if jax.process_count() > 1:
             halves = np.array([free], np.int64).view(np.int32)
             free = int(np.asarray(multihost_utils.broadcast_one_to_all(halves)).view(np.int64)[0])
-        return free
+        return None if free < 0 else free
 
     def _space(self, size: int) -> str:
         """Bytes needed and free, for messages; never raises and never communicates."""
@@ -434,7 +437,11 @@ class Checkpoints:
     # ---- restoring ----------------------------------------------------------------------------------------------
 
     def restore(
-        self, abstract_state: PyTree, *, step: int | None = None, log: Callable[[str], Any] = print
+        self,
+        abstract_state: PyTree | Callable[[dict], PyTree],
+        *,
+        step: int | None = None,
+        log: Callable[[str], Any] = print,
     ) -> tuple[PyTree, dict] | None:
         """The newest good checkpoint, on the devices and layout that `abstract_state` says.
 
@@ -442,7 +449,9 @@ class Checkpoints:
         trainer then renames the damaged one to N.corrupt. All processes must call it together.
 
         Args:
-            abstract_state: tree of `jax.ShapeDtypeStruct` with shardings; any mesh, not only that of the save.
+            abstract_state: tree of `jax.ShapeDtypeStruct` with shardings; any mesh, not only that of the save. Or a
+                function that gives it for a step's meta, where the state depends on the stage that was saved; what
+                it raises ends the search.
             step: exactly this step, no other.
             log: gets one line for each thing worth knowing.
 
@@ -453,12 +462,13 @@ class Checkpoints:
             CheckpointError: none is good though some exist; or the state asked for differs from the one stored in
                 names, shapes or dtypes (nothing is ever cast); or does not divide over the devices.
         """
-        wanted = digests.named_leaves(abstract_state)
-        stored.check_divisible(self.directory, wanted)
+        abstract_of = abstract_state if callable(abstract_state) else lambda meta: abstract_state
         bad: list[tuple[int, str]] = []
         for candidate in self._candidates(step, log):
             try:
-                named, meta = self._load(candidate, wanted)
+                meta = self._read_meta(candidate)
+                abstract = abstract_of(meta)
+                named = self._load(candidate, meta, digests.named_leaves(abstract))
             except Damaged as error:
                 log(f"checkpoint: step {candidate} is damaged and is not used: {error}")
                 bad.append((candidate, str(error)))
@@ -467,8 +477,7 @@ class Checkpoints:
             age = time.time() - meta["checkpoint"]["saved_at"]
             skipped = f"; skipped as damaged: {[s for s, _ in bad]}" if bad else ""
             log(f"checkpoint: restored step {candidate}, saved {stored.ago(age)} ago{skipped}")
-            leaves = [named[name] for name in wanted]
-            return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
+            return jax.tree.unflatten(jax.tree.structure(abstract), list(named.values())), meta
         return self._nothing_good(step, bad)
 
     def _candidates(self, step: int | None, log) -> Iterable[int]:
@@ -497,16 +506,21 @@ class Checkpoints:
                 "workdir to start from the beginning.",
             )
 
-    def _load(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict]:
-        """Reads and checks one step; the same outcome on all processes."""
-        folder = self.directory / str(step)
-        problem, named, meta = None, None, None
+    def _read_meta(self, step: int) -> dict:
+        """The meta of one step; the same outcome on all processes."""
+        problem, meta = None, None
         try:
-            meta = stored.read_meta(folder)
+            meta = stored.read_meta(self.directory / str(step))
         except Damaged as error:
             problem = str(error)
         if not stored.everywhere(problem is None):
             raise Damaged(problem or "another process could not read it")
+        return meta
+
+    def _load(self, step: int, meta: dict, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Reads and checks the arrays of one step; the same outcome on all processes."""
+        stored.check_divisible(self.directory, wanted)
+        folder, problem, named = self.directory / str(step), None, None
         rows = meta["checkpoint"]["leaves"]
         differences = stored.compare(rows, wanted)
         if differences:
@@ -527,7 +541,7 @@ class Checkpoints:
             raise Damaged(f"data of {', '.join(wrong[:3])}{more} differ from what was saved")
         if set(not_finite) & set(stored.learned(found)):
             raise Damaged(f"{not_finite[0]} is not finite")
-        return named, meta
+        return {name: named[name] for name in wanted}
 
     def _set_bad_aside(self, bad: list[tuple[int, str]], log) -> None:
         """Renames damaged steps, only now that reading works at all: a broken mount must not rename everything."""

@@ -4,6 +4,7 @@ Each rule is one row of a table; what depends on the machine (devices, files) is
 that use it. All mistakes of a config are reported together.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -55,6 +56,9 @@ RULES: tuple[Rule, ...] = (
     ("mesh.*", lambda v: v == -1 or v >= 1, "must be at least 1, or -1 for all remaining devices"),
     ("checkpoint.keep_last", *_COUNT),
     ("checkpoint.keep_best", *_NOT_NEGATIVE),
+    ("checkpoint.keep_every", *_NOT_NEGATIVE),
+    ("data.min_seconds", *_NOT_NEGATIVE),
+    ("data.max_seconds", *_NOT_NEGATIVE),
     ("evals.*.examples", *_COUNT),
     ("evals.*.pictures", *_NOT_NEGATIVE),
     ("guard.nonfinite_in_a_row", *_COUNT),
@@ -76,6 +80,7 @@ def choices() -> dict[str, tuple[str, ...]]:
     """Keys whose value is a name out of a list."""
     return {
         "compute_dtype": ("auto", "float32", "bfloat16"),
+        "checkpoint.best_mode": ("min", "max"),
         "model.name": tuple(build.MODELS),
         "model.remat": build.REMAT_POLICIES,
         "stages.*.step": tuple(build.STEPS),
@@ -133,6 +138,12 @@ def _whole_run(config: ml_collections.ConfigDict) -> Iterator[str]:
     rest = [axis for axis in config.mesh if config.mesh[axis] == -1]
     if len(rest) > 1:
         yield f"mesh must leave one size to fill in; got -1 for {' and '.join(sorted(rest))}."
+    best = config.checkpoint.best.partition("/")[0]
+    if config.checkpoint.keep_best and best not in config.evals:
+        yield (
+            "checkpoint.best must be a result of an evaluator, as 'reconstruction/loss'; got "
+            f"checkpoint.best={config.checkpoint.best!r}.{nearest(best, config.evals)}"
+        )
     if not config.stage_order:
         yield "stage_order must name at least one stage; got stage_order=()."
     for name in config.stage_order:
@@ -173,7 +184,8 @@ def _stage(config: ml_collections.ConfigDict, name: str) -> Iterator[str]:
             except re.error as error:
                 yield f"{at}.optimizer.{key} must hold regular expressions; {pattern!r}: {error}."
     multipliers = lambda config, name: build.rate_multipliers(stage.optimizer.lr_multipliers)
-    for part in (multipliers, build.clip_spec, build.mask_sizes):
+    held_out = functools.partial(build.clip_spec, train=False)
+    for part in (multipliers, build.clip_spec, held_out, build.mask_sizes):
         try:
             part(config, name)
         except (ValueError, TypeError) as error:

@@ -7,6 +7,9 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+import jax
+
+from invideo_jax import runtime
 from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
@@ -104,4 +107,7 @@ def errors_for_people(*kinds: type[Exception]) -> Iterator[None]:
         if code is None or os.environ.get("INVIDEO_JAX_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            # A normal exit waits for the other processes in JAX's barrier, and its code would be lost.
+            runtime.leave(code)
         raise SystemExit(code) from None

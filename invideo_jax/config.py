@@ -122,10 +122,12 @@ def _read_int(text: str) -> int:
 
 
 def _read_tuple(text: str) -> tuple:
-    """'("a", "b")' or plain 'a,b'."""
-    if text.lstrip().startswith(("(", "[")):
-        return tuple(ast.literal_eval(text))
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """'("a", "b")' or plain 'a,b'; a plain part may hold brackets, as regular expressions do."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(part.strip() for part in text.split(",") if part.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 _READERS = {
@@ -201,11 +203,12 @@ def require_unchanged(
     """
     changed = differences(old, new)
     under = lambda key, prefixes: any(key == p or key.startswith(p + ".") for p in prefixes)
-    unused = [p for p in allowed if not any(under(key, [p]) for key in changed)]
-    if unused:
+    # A name that did not change is fine: the same command must also do for the start after this one.
+    known = (*flatten(new), *changed)
+    unknown = [p for p in allowed if not any(under(key, [p]) for key in known)]
+    if unknown:
         raise UserError(
-            f"--allow_change names {', '.join(unused)}, which did not change."
-            + (nearest(unused[0], changed) if changed else " Nothing changed.")
+            f"--allow_change must name config keys; got {', '.join(unknown)}.{nearest(unknown[0], known)}"
         )
     refused = {k: v for k, v in changed.items() if not under(k, free) and not under(k, allowed)}
     if refused:

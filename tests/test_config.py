@@ -47,6 +47,22 @@ def test_argument_and_overrides_keep_types(recipe):
     assert config.is_locked
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", ()),
+        ("/a", ("/a",)),
+        ("/a, /b", ("/a", "/b")),
+        ('("/a",)', ("/a",)),
+        ('("/a")', ("/a",)),
+        ('["/a", "/b"]', ("/a", "/b")),
+        ("(^|/)bias$,norm", ("(^|/)bias$", "norm")),
+    ],
+)
+def test_overrides_of_tuples(recipe, text, value):
+    assert config_lib.load(recipe, [f"roots={text}"]).config.roots == value
+
+
 def test_every_value_knows_its_line(recipe):
     source = config_lib.load(recipe, ["model.depth=9", "seed=1", "seed=2"]).source
     lines = RECIPE.splitlines()
@@ -118,8 +134,10 @@ def test_changed_config_is_refused_unless_free_or_allowed():
     changed = config_lib.require_unchanged(old, new, free=["log"], allowed=["model"])
     assert changed == {"log.every": (5, 7), "model.depth": (3, 4)}
     assert config_lib.require_unchanged(old, old, free=[]) == {}
-    with pytest.raises(UserError, match="sed, which did not change"):
+    with pytest.raises(UserError, match='got sed.*Did you mean "seed"'):
         config_lib.require_unchanged(old, new, free=["log"], allowed=["model", "sed"])
+    # The same command again, when the change is already in the checkpoint.
+    assert config_lib.require_unchanged(new, new, free=[], allowed=["model.depth"]) == {}
 
 
 def test_numbers_must_be_finite(recipe):
