@@ -19,7 +19,7 @@ from invideo_jax import masking, optim, sharding, state
 from invideo_jax.data.bad import BadLedger
 from invideo_jax.data.decode import Limits
 from invideo_jax.data.pipeline import Loader
-from invideo_jax.data.sources import Source, SourceError, open_source, parse_mixture
+from invideo_jax.data.sources import NoSuchSplit, Source, open_source, parse_mixture
 from invideo_jax.data.transforms import ClipSpec
 from invideo_jax.errors import UserError
 from invideo_jax.evals import EVALUATORS
@@ -123,11 +123,13 @@ def train_sources(config: ml_collections.ConfigDict) -> tuple[list[Source], list
     return opened, [weight for _, weight in parts]
 
 
-def _open(spec: str, data: ml_collections.ConfigDict, split: str) -> Source:
+def _open(
+    spec: str, data: ml_collections.ConfigDict, split: str, classes: Sequence[str] = ()
+) -> Source:
     filters = dict(min_seconds=data.min_seconds, max_seconds=data.max_seconds)
     filters = {name: value for name, value in filters.items() if value}
     try:
-        return open_source(spec, split=split, roots=data.roots, **filters)
+        return open_source(spec, split=split, roots=data.roots, classes=classes, **filters)
     except TypeError as error:
         if not filters:
             raise
@@ -147,11 +149,14 @@ def held_out_sources(config: ml_collections.ConfigDict, train: Sequence[Source])
     """
     data = config.data
     parts = parse_mixture(data.eval or data.train)
+    lists = {source.classes for source in train if source.classes}
+    # A list of its own must count its named labels as the training data does.
+    classes = lists.pop() if data.eval and len(lists) == 1 else ()
     opened = []
     for (spec, _), source in zip(parts, [None] * len(parts) if data.eval else train):
         try:
-            found = _open(spec, data, data.eval_split)
-        except SourceError:
+            found = _open(spec, data, data.eval_split, classes)
+        except NoSuchSplit:
             if data.eval:
                 raise
             continue  # training rows only

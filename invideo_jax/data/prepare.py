@@ -55,7 +55,7 @@ def prepare(
     """
     if shards is not None and shards < 1:
         raise UserError(f"shards must be 1 or more; got shards={shards}.")
-    source, output = open_source(spec, split=split, roots=roots), pathlib.Path(output)
+    source, output = _open(spec, split, roots), pathlib.Path(output)
     done = _finished(output, source)
     if done is not None:
         return done
@@ -73,6 +73,10 @@ def prepare(
         (partial / _LOCK).unlink()
         os.rename(partial, output)  # onto nothing, or an empty folder
     return index
+
+
+def _open(spec: str, split: str | None, roots: Sequence[str]) -> Source:
+    return open_source(spec, split=split, roots=roots, roots_option="--roots")
 
 
 _LOCK = "lock"
@@ -169,7 +173,7 @@ def _write_split(source, folder, split: str, numbers: list[int], count: int) -> 
 
 def _records(source: Source, numbers: Sequence[int]) -> Iterator[bytes]:
     for number in numbers:
-        yield msgpack.packb(encode(source[number]))
+        yield msgpack.packb(encode(source[number]), unicode_errors="surrogateescape")
 
 
 def encode(example: Example) -> dict:
@@ -195,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", help="pack only this split")
     parser.add_argument(
         "--roots",
-        nargs="+",
+        type=lambda text: [root for root in text.split(",") if root],
         default=(),
-        help="more folders that the paths of a manifest may lie in",
+        help="more folders that the paths of a manifest may lie in, by commas",
     )
     parser.add_argument(
         "--skip_bad", action="store_true", help="leave out files that can't be read"

@@ -188,7 +188,8 @@ def scan(
         The rows written.
 
     Raises:
-        ManifestError, SourceError: the source or the output can't be used.
+        ManifestError, SourceError: the source or the output can't be used, or more than half of the rows lead out
+            of the allowed folders.
     """
     if not output.endswith(".jsonl"):
         raise ManifestError(f"--output must end in .jsonl; got --output={output}.")
@@ -199,7 +200,10 @@ def scan(
     target = pathlib.Path(output).absolute()
     _make_folder(target.parent)
     rows, folder = read_input(source)
-    allowed, refused, full_paths = Roots(folder, roots), {}, {}
+    allowed, refused, full_paths = Roots(folder, roots, "--roots"), {}, {}
+    outside = allowed.outside([row["path"] for row in rows])
+    if 2 * len(outside) > len(rows):
+        raise allowed.refusal(source, outside, len(rows))
     for row in rows:
         try:
             full_paths[row["path"]] = allowed.check(row["path"])
@@ -290,10 +294,11 @@ def _summary(rows: list[dict], output: str) -> str:
     outside = [row["path"] for row in rows if os.path.isabs(row["path"])]
     if outside:
         lines.append(
-            "The videos lie outside the manifest's folder: train with "
-            f"--config.data.roots={os.path.commonpath([os.path.dirname(p) for p in outside])}"
+            "The videos lie outside the manifest's folder. "
+            + Roots(os.path.dirname(os.path.abspath(output))).allow(outside)
         )
-    return "\n".join(lines)
+    # Names that are not UTF-8 can be written to a terminal only so.
+    return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -55,6 +55,7 @@ def test_formats_give_equal_rows(tmp_path, name, text):
         ("l.txt", "x/a b.mp4\t7\nc.mkv\t0\n"),
         ("l.csv", "x/a b.mp4,7\nc.mkv,0\n"),
         ("l.csv", '"x/a b.mp4",7\n\nc.mkv,0'),
+        ("l.csv", ' "x/a b.mp4" , 7\n c.mkv,0 '),
     ],
 )
 def test_lists_without_header(tmp_path, name, text):
@@ -66,6 +67,25 @@ def test_lists_without_header(tmp_path, name, text):
 
 def test_videomae_pretraining_list_has_no_label(tmp_path):
     assert rows_of(write(tmp_path, "l.csv", "k/a.mp4 0 -1\n")) == [{"path": "k/a.mp4", "line": 0}]
+
+
+def test_a_column_name_within_a_file_name_makes_no_header(tmp_path):
+    rows = rows_of(write(tmp_path, "l.txt", "My video 1.mp4 0\nMy video 2.mp4 1\n"))
+    assert [(row["path"], row["label"]) for row in rows] == [
+        ("My video 1.mp4", 0),
+        ("My video 2.mp4", 1),
+    ]
+
+
+@pytest.mark.parametrize("name", ["talk:1.mp4", "C:x.mp4", " a .mp4", "a\nb.mp4", "e\u0301.mp4"])
+def test_names_stay_as_they_are_in_json(tmp_path, name):
+    assert read_manifest(write(tmp_path, "m.jsonl", json.dumps({"path": name})))[0]["path"] == name
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "dev", "Eval", "validation"])
+def test_names_of_the_validation_split(tmp_path, name):
+    row = read_manifest(write(tmp_path, "m.csv", f"path,split\na.mp4,{name}\n"))[0]
+    assert row["split"] == "validation"
 
 
 def test_lines_are_those_of_the_file(tmp_path):
@@ -110,6 +130,7 @@ def test_file_names_that_are_not_utf8_stay_openable(tmp_path):
         ("m.json", '{"path": "a.mp4"}', ["exactly one list"]),
         ("m.json", '{"path": "a.mp4"}\n{"path": "b.mp4"}', ["Extra data", ".jsonl"]),
         ("m.jsonl", '{"path": "https://x.org/a.mp4"}', ["must be a local file", "Download"]),
+        ("m.jsonl", '{"path": "s3://x/a.mp4"}', ["must be a local file", "mount"]),
         ("m.txt", "a.mp4 30 5\n", ["3 cells", "frame folders"]),
         ("m.txt", "a.mp4 1\nnothing\n", ["line 2", "no video file name"]),
         ("m.csv", "p\x00a\x00t\x00h\x00", ["UTF-8"]),
@@ -140,6 +161,22 @@ def test_missing_manifest_names_its_neighbour(tmp_path):
 def test_misspelt_column_is_warned_of(tmp_path, caplog):
     read_manifest(write(tmp_path, "m.csv", "path,lable\na.mp4,1\n"))
     assert 'Column "lable" of a manifest is not used. Did you mean "label"?' in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "x.mp4").touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("/b"):  # tests may run as root, whom no mode stops
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ManifestError, match=f"got {tmp_path}/b .Permission denied"):
+        list_videos(tmp_path)
 
 
 def test_list_videos_is_sorted_and_survives_loops(tmp_path):

@@ -132,6 +132,33 @@ def test_unreadable_files(manifest, tmp_path):
     assert len(open_source(f"arrayrecord:{tmp_path / 'out'}")) == 5
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    write_videos(tmp_path / "videos", 2)
+    name = os.fsdecode(b" caf\xe9.mp4")
+    os.rename(tmp_path / "videos" / "clip_000.mp4", tmp_path / "videos" / name)
+    prepare(str(tmp_path / "videos"), tmp_path / "out")
+    assert open_source(f"arrayrecord:{tmp_path / 'out'}")[0]["id"] == name
+
+
+def test_an_edited_list_is_another_input(manifest, tmp_path):
+    prepare(manifest, tmp_path / "out")
+    text = pathlib.Path(manifest).read_text()
+    pathlib.Path(manifest).write_text(text.replace('"end": 1.25', '"end": 1.5'))
+    with pytest.raises(SourceError, match="was not made from these examples"):
+        prepare(manifest, tmp_path / "out")
+
+
+def test_roots_are_given_by_commas(manifest, tmp_path, capsys):
+    rows = [{"path": str(pathlib.Path(manifest).parent / "clip_000.mp4")}]
+    (tmp_path / "list").mkdir()
+    path = tmp_path / "list" / "m.jsonl"
+    path.write_text(json.dumps(rows[0]))
+    assert main([str(path), f"--output={tmp_path / 'out'}"]) == 2
+    option = f"--roots={pathlib.Path(manifest).parent}"
+    assert capsys.readouterr().err.strip().endswith(option)
+    assert main([str(path), f"--output={tmp_path / 'out'}", f"{option},{tmp_path}"]) == 0
+
+
 def test_shards_missing_from_the_index_are_noticed(manifest, tmp_path):
     prepare(manifest, tmp_path / "out", shards=2)
     index = json.loads((tmp_path / "out" / "index.json").read_text())

@@ -12,6 +12,7 @@ import pytest
 
 from invideo_jax.data import scan
 from invideo_jax.data.manifest import ManifestError, read_manifest
+from invideo_jax.data.sources import open_source
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import video_files as files  # noqa: E402
@@ -111,6 +112,38 @@ def test_manifest_keeps_its_columns(folder, tmp_path):
     ]
     allowed = scan.scan(str(manifest), str(tmp_path / "out.jsonl"), roots=[str(folder.parent)])
     assert "error" not in allowed[4] and allowed[4]["codec"] == "h264"
+
+
+def test_a_list_of_paths_elsewhere_stops_with_the_option(folder, tmp_path, capsys):
+    manifest = tmp_path / "list.csv"
+    paths = [f"{folder}/with_sound.mp4", f"{folder}/deep/turned_90.mp4", "absent.mp4"]
+    manifest.write_text("path\n" + "\n".join(paths))
+    output = f"--output={tmp_path / 'm.jsonl'}"
+    assert scan.main([str(manifest), output]) == 2
+    err = capsys.readouterr().err
+    assert "2 of 3 rows" in err and f"First: {paths[0]}" in err
+    option = err.strip().split(": ")[-1]
+    assert option == f"--roots={folder}" and not (tmp_path / "m.jsonl").exists()
+    assert scan.main([str(manifest), output, f"{option},{tmp_path}"]) == 0
+    assert f"Allow their folder: --config.data.roots={folder}" in capsys.readouterr().out
+
+
+def test_odd_names_survive_scan_and_opening(tmp_path, capsys):
+    names = ["talk:1", " a ", "q\"uo'te", "caf\u00e9", "e\u0301", "two\nlines", "a, b"]
+    names = [f"{name}.mp4" for name in names] + [os.fsdecode(b"\xff.mp4"), "\U0001f3a5.mp4"]
+    (tmp_path / "v").mkdir()
+    files.write(str(tmp_path / "v" / names[0]), frames=2)
+    data = (tmp_path / "v" / names[0]).read_bytes()
+    for name in names:
+        (tmp_path / "v" / name).write_bytes(data)
+    output = tmp_path / "v" / "m.jsonl"
+    assert scan.main([str(tmp_path / "v"), f"--output={output}"]) == 0
+    source = open_source(str(output))
+    assert sorted(source[i]["id"] for i in range(len(source))) == sorted(names)
+    assert {source[i]["video"] for i in range(len(source))} == {f"{tmp_path}/v/{n}" for n in names}
+    (tmp_path / "v" / names[-2]).write_bytes(b"")
+    assert scan.main([str(tmp_path / "v"), f"--output={output}"]) == 0
+    assert "empty: 1 (first: \\udcff.mp4)" in capsys.readouterr().out
 
 
 def test_strict(folder, tmp_path):

@@ -17,6 +17,7 @@ from invideo_jax.data.prepare import prepare
 from invideo_jax.data.sources import (
     SOURCES,
     Example,
+    NoSuchSplit,
     SourceError,
     count_overlap,
     open_source,
@@ -105,6 +106,27 @@ def test_fingerprint_is_of_the_content_not_the_place_or_time(videos, tmp_path):
     assert open_source(str(folder)).fingerprint() != before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"caption": "b"},
+        {"label": "jump"},
+        {"path": "clip_001.mp4"},
+        {"start": 0.5},
+        {"end": 0.75},
+        {"flip": True},
+        {"transcript": "ho"},
+    ],
+)
+def test_fingerprint_sees_every_change_of_a_row(videos, change):
+    rows = [FULL | {"id": "x"}, {"path": "clip_002.mp4", "label": "skip"}]
+    folder = os.path.dirname(videos[0])
+    before = open_source(write_manifest(folder, rows)).fingerprint()
+    assert open_source(write_manifest(folder, rows)).fingerprint() == before
+    rows[0] |= change
+    assert open_source(write_manifest(folder, rows)).fingerprint() != before
+
+
 def test_pickles_small_and_reads_the_same(videos):
     rows = [{"path": "clip_000.mp4", "caption": str(i)} for i in range(1000)]
     source = open_source(write_manifest(os.path.dirname(videos[0]), rows))
@@ -155,6 +177,22 @@ def test_class_numbers_hold_for_every_split_and_list(videos):
         open_source(other, classes=("ant", "zebras"))
 
 
+def test_records_count_as_the_classes_asked_for(videos, tmp_path):
+    rows = [{"path": "clip_000.mp4", "label": "zebra"}, {"path": "clip_001.mp4", "label": "ox"}]
+    prepare(write_manifest(os.path.dirname(videos[0]), rows), tmp_path / "out")
+    spec, classes = f"arrayrecord:{tmp_path / 'out'}", ("ant", "ox", "yak", "zebra")
+    assert [open_source(spec)[i]["label"] for i in range(2)] == [1, 0]
+    source = open_source(spec, classes=classes)
+    assert source.classes == classes
+    assert [(source[i]["label"], source[i]["label_name"]) for i in range(2)] == [
+        (3, "zebra"),
+        (1, "ox"),
+    ]
+    with pytest.raises(SourceError, match='"zebra" is not .*Did you mean "zebras"'):
+        open_source(spec, classes=("ox", "zebras"))
+    assert open_source(os.path.dirname(videos[0]), classes=classes).classes == classes
+
+
 def test_repeated_ids_are_noted(videos):
     path = write_manifest(os.path.dirname(videos[0]), [{"path": "clip_000.mp4"}] * 2)
     assert (
@@ -188,10 +226,29 @@ def test_absolute_paths_need_an_allowed_root(videos, tmp_path):
     )
     with pytest.raises(SourceError) as error:
         open_source(outside)
-    assert "2 path_escape" in str(error.value)
+    assert f"2 of 2 rows of {outside} lead outside. First: {videos[0]}." in str(error.value)
     assert f"--config.data.roots={folder}" in str(error.value)
     source = open_source(outside, roots=[folder])
     assert [source[i]["video"] for i in range(2)] == videos[:2]
+
+
+def test_one_path_outside_is_refused_at_once_without_looking_for_it(videos, tmp_path):
+    folder, other = os.path.dirname(videos[0]), str(tmp_path)
+    rows = [{"path": f"clip_00{i}.mp4"} for i in range(3)]
+    rows += [{"path": "/absent/a/x.mp4"}, {"path": "/absent/b/../y.mp4"}, {"path": "../z.mp4"}]
+    path = write_manifest(folder, rows)
+    with pytest.raises(SourceError) as error:
+        open_source(path, roots=[f"{other}/videos"], roots_option="--roots")
+    assert "3 of 6 rows" in str(error.value) and "First: /absent/a/x.mp4" in str(error.value)
+    assert str(error.value).endswith(f"--roots={other}/videos,/absent,{other}")
+
+
+def test_one_realpath_for_each_example(videos, monkeypatch):
+    source, asked = open_source(os.path.dirname(videos[0])), []
+    real = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: asked.append(path) or real(path))
+    source[1]
+    assert asked == [videos[1]]
 
 
 def test_links_out_of_the_roots_are_refused(videos, tmp_path):
@@ -277,6 +334,26 @@ def test_option_errors(videos, options, words):
         open_source(path, **options)
     for word in words:
         assert word in str(error.value)
+
+
+def test_only_a_source_with_splits_can_lack_one(videos):
+    folder = os.path.dirname(videos[0])
+    rows = [{"path": "clip_000.mp4", "split": "train"}, {"path": "clip_001.mp4", "split": "dev"}]
+    path = write_manifest(folder, rows)
+    with pytest.raises(NoSuchSplit, match='no split "test"'):
+        open_source(path, split="test")
+    for name in ("val", "valid", "dev", "eval", "validation"):
+        found = open_source(path, split=name)
+        assert [found.identify(i) for i in range(len(found))] == ["clip_001.mp4"]
+        assert found[0]["split"] == "validation"
+    for spec, options in [
+        ("/no/such/folder", {}),
+        (path, dict(captioned=True)),
+        (write_manifest(folder, [{"path": "gone.mp4", "split": "train"}], "g.jsonl"), {}),
+    ]:
+        with pytest.raises(SourceError) as error:
+            open_source(spec, split="train", **options)
+        assert not isinstance(error.value, NoSuchSplit)
 
 
 def test_misspelt_option_is_an_error(videos):
@@ -378,7 +455,7 @@ def test_prepared_shards_are_picked_by_split(videos, tmp_path):
     assert train[0]["label_name"] == "train" and train.classes == ("test", "train")
     assert len(open_source(spec)) == 3
     assert open_source(spec, split="test").fingerprint() != train.fingerprint()
-    with pytest.raises(SourceError, match='no split "val"'):
+    with pytest.raises(NoSuchSplit, match='no split "val"'):
         open_source(spec, split="val")
     prepare(os.path.dirname(videos[0]), tmp_path / "plain")  # no splits: the same examples for any
     prints = {
@@ -392,7 +469,7 @@ def test_prepared_shards_are_picked_by_split(videos, tmp_path):
 
 
 TFDS = """
-    import importlib.abc, importlib.machinery, os, sys
+    import importlib.abc, importlib.machinery, os, sys, urllib.parse
 
     class Refuse(importlib.abc.Loader):
         def create_module(self, spec):
@@ -427,10 +504,10 @@ TFDS = """
 
     TinyClips(data_dir=folder, file_format="array_record").download_and_prepare()
 
-    from invideo_jax.data.sources import SourceError, open_source
+    from invideo_jax.data.sources import NoSuchSplit, SourceError, open_source
     from invideo_jax.data.transforms import ClipSpec, load_clip
-    os.environ["TFDS_DATA_DIR"] = folder
-    source = open_source("tfds:tiny_clips", data_dir=folder)
+    where = "?dir=" + urllib.parse.quote(folder, safe="")
+    source = open_source("tfds:tiny_clips" + where)
     assert len(source) == 4 and source.classes == ("jump", "run"), (len(source), source.classes)
     seen = sorted((e["captions"], e["label"], e["label_name"]) for e in map(source.__getitem__, range(4)))
     assert seen[3] == (("caf\u00e9 3",), 1, "run"), seen
@@ -440,18 +517,25 @@ TFDS = """
     assert clip.shape == (2, 16, 16, 3) and clip.any()
     import pickle
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
-    other = open_source("tfds:tiny_clips/validation", data_dir=folder)
+    other = open_source("tfds:tiny_clips/validation" + where, split="val")
     assert len(other) == 2 and other.fingerprint() != source.fingerprint()
-    named = open_source("tfds:tiny_clips", split="validation", data_dir=folder, features=dict(transcript="caption"))
-    assert named[0]["transcript"].startswith("caf")
-    for spec, options, words in [
-        ("tfds:tiny_clips", dict(split="test"), 'no split "test"'),
-        ("tfds:tiny_clip", {}, "tiny_clip"),
-        ("tfds:tiny_clips", dict(features=dict(video="clips")), 'Did you mean "clip"'),
+    assert len(open_source("tfds:tiny_clips" + where, split="val")) == 2
+    named = open_source("tfds:tiny_clips" + where + "&video=clip&speech=caption", split="validation")
+    assert named[0]["transcript"].startswith("caf") and named.fingerprint() != other.fingerprint()
+    wide = open_source("tfds:tiny_clips" + where, classes=("hop", "run", "jump"))
+    assert sorted((e["label"], e["label_name"]) for e in map(wide.__getitem__, range(4))) == [
+        (1, "run"), (1, "run"), (2, "jump"), (2, "jump")]
+    for spec, options, kind, words in [
+        ("tfds:tiny_clips" + where, dict(split="test"), NoSuchSplit, 'no split "test"'),
+        ("tfds:tiny_clips/train" + where, dict(split="validation"), NoSuchSplit, 'is the split "train"'),
+        ("tfds:tiny_clip" + where, {}, SourceError, "tiny_clip"),
+        ("tfds:tiny_clips" + where + "&video=clips", {}, SourceError, 'Did you mean "clip"'),
+        ("tfds:tiny_clips" + where + "&captoin=clip", {}, SourceError, 'Did you mean "caption"'),
+        ("tfds:tiny_clips?dir", {}, SourceError, "KEY=VALUE"),
     ]:
         try:
-            open_source(spec, data_dir=folder, **options)
-        except SourceError as error:
+            open_source(spec, **options)
+        except kind as error:
             assert words in str(error), str(error)
         else:
             raise AssertionError(spec)

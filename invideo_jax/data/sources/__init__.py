@@ -6,7 +6,9 @@ A source spec is a folder, a manifest file, or `kind:rest`:
     /data/train.csv                  a manifest: .csv .tsv .txt .json .jsonl
     synthetic:FOLDER                 the manifest that `python -m invideo_jax.data.synthetic` wrote there
     arrayrecord:FOLDER or GLOB       shards that `python -m invideo_jax.data.prepare` wrote
-    tfds:NAME or tfds:NAME/SPLIT     a TFDS dataset of encoded videos, prepared as ArrayRecord
+    tfds:NAME or tfds:NAME/SPLIT     a TFDS dataset of encoded videos, prepared as ArrayRecord;
+                                     `?dir=PATH&video=FEATURE&caption=FEATURE` behind it says where it
+                                     lies and which feature is what (put the spec in quotes)
 
 Several are joined by ';', each with its weight behind a comma: `a.csv,0.7;tfds:clips,0.3`.
 """
@@ -19,12 +21,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from invideo_jax.data.manifest import MANIFEST_SUFFIXES
-from invideo_jax.data.sources.base import Example, Source, SourceError, count_overlap
+from invideo_jax.data.sources.base import (
+    ROOTS_OPTION,
+    Example,
+    NoSuchSplit,
+    Source,
+    SourceError,
+    count_overlap,
+)
 from invideo_jax.registry import Registry, nearest
 
 __all__ = [
     "SOURCES",
     "Example",
+    "NoSuchSplit",
     "Source",
     "SourceError",
     "count_overlap",
@@ -49,22 +59,30 @@ def open_source(
     *,
     split: str | None = None,
     roots: Sequence[str] = (),
+    roots_option: str = ROOTS_OPTION,
+    classes: Sequence[str] = (),
     **options: Any,
 ) -> Source:
     """Opens one source by its spec (see the top of this file).
 
     Args:
-        split: keep this split only. A source without splits serves whole, and its `notes` say so.
+        split: keep this split only; `val`, `valid`, `dev`, `eval` and `validation` are the same one. A source without
+            splits serves whole, and its `notes` say so.
         roots: more folders that videos of a manifest may lie in; relative paths of a manifest are looked up below its
             own folder.
-        options: what the kind of source takes; all manifests take `min_seconds`, `max_seconds`, `labelled`, `captioned`
-            and `classes`.
+        roots_option: how the user sets `roots`, for messages.
+        classes: class names by number, where labels are names: those of the training source for a separate list.
+            Default: the source's own.
+        options: what the kind of source takes; all manifests take `min_seconds`, `max_seconds`, `labelled` and
+            `captioned`.
 
     Raises:
+        NoSuchSplit: it tells splits apart, and lacks the one asked for.
         SourceError: nothing there, nothing left, or not what the spec says; the message holds the fix.
     """
     kind, rest = _split_kind(spec)
-    return SOURCES.get(kind)(rest, split=split, roots=tuple(roots), **options)
+    known = dict(roots=tuple(roots), roots_option=roots_option, classes=tuple(classes))
+    return SOURCES.get(kind)(rest, split=split, **known, **options)
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:

@@ -12,12 +12,14 @@ import msgpack
 from invideo_jax.data.decode import BadVideo
 from invideo_jax.data.manifest import FIELDS, clean_text
 from invideo_jax.data.sources.base import (
+    ROOTS_OPTION,
     Example,
     Source,
     SourceError,
     digest,
+    find_split,
     make_example,
-    no_such_split,
+    renumber,
 )
 
 INDEX = "index.json"
@@ -33,14 +35,16 @@ class ArrayRecordSource(Source):
         name: for messages.
         paths: the shards.
         counts: records of each shard as its index says; None where there is no index.
-        classes: class names by number.
+        own: class names by number, as the records have them.
+        classes: class names by number, as they are wanted; default: as `own`.
         known: fingerprint from the index.
     """
 
-    def __init__(self, name, paths: Sequence[str], counts=None, classes=(), known: str = ""):
+    def __init__(self, name, paths: Sequence[str], counts=None, own=(), classes=(), known=""):
         from array_record.python import array_record_data_source  # 0.1 s; only where used
 
-        self.name, self.classes = name, tuple(classes)
+        self.name, self.classes = name, tuple(classes or own)
+        self._numbers = renumber(name, own, classes)
         self._paths, self._known = list(paths), known
         try:
             # It opens its readers when first asked, in the process that asks, and pickles as paths.
@@ -66,18 +70,24 @@ class ArrayRecordSource(Source):
         except RuntimeError as error:  # the checksum of a chunk differs
             raise BadVideo("corrupt_record", where, str(error)[:300]) from error
         try:
-            record = msgpack.unpackb(packed)
+            record = msgpack.unpackb(packed, unicode_errors="surrogateescape")
         except Exception as error:  # msgpack's errors share no base class
             raise BadVideo("corrupt_record", where, f"not msgpack: {error}") from error
-        return from_record(record, where, self.classes)
+        return from_record(record, where, self.classes, self._numbers)
 
     def fingerprint(self) -> str:
-        names = [os.path.basename(path) for path in self._paths]
-        return self._known or digest([self._size, *names])
+        files = [(os.path.basename(path), os.path.getsize(path)) for path in self._paths]
+        return digest([self._known or self._size, *sum(files, ()), *self.classes])
 
 
-def from_record(record: Any, where: str, classes: Sequence[str]) -> Example:
+def from_record(
+    record: Any, where: str, classes: Sequence[str], numbers: Sequence[int] | None = None
+) -> Example:
     """An example from a mapping with `video` bytes and a manifest row's keys.
+
+    Args:
+        classes: class names by number.
+        numbers: the record's label -> number in `classes`; None where they are the same.
 
     Raises:
         BadVideo: no bytes under `video`, or a label outside the classes.
@@ -91,12 +101,14 @@ def from_record(record: Any, where: str, classes: Sequence[str]) -> Example:
     label = -1 if get("label") is None else get("label")
     if isinstance(label, str) and label in classes:
         label = classes.index(label)
+    elif numbers is not None and isinstance(label, int) and 0 <= label < len(numbers):
+        label = numbers[label]
     if isinstance(label, str) or (classes and label >= len(classes)):
         raise BadVideo(
             "corrupt_record", where, f"label {label!r} is none of {len(classes)} classes"
         )
     return make_example(
-        id=clean_text(record.get("id")) or where,
+        id=str(record.get("id") or where),
         video=record["video"],
         path=where,
         start=record.get("start"),
@@ -111,10 +123,15 @@ def from_record(record: Any, where: str, classes: Sequence[str]) -> Example:
 
 
 def open_source(
-    pattern: str, *, split: str | None = None, roots: Sequence[str] = ()
+    pattern: str,
+    *,
+    split: str | None = None,
+    roots: Sequence[str] = (),
+    roots_option: str = ROOTS_OPTION,
+    classes: Sequence[str] = (),
 ) -> ArrayRecordSource:
     """Shards by a folder or a glob pattern; with an index beside them, `split` picks the shards of one split."""
-    del roots  # records hold bytes, no paths
+    del roots, roots_option  # records hold bytes, no paths
     folder = pathlib.Path(pattern)
     paths = glob.glob(str(folder / ("*" + SUFFIX)) if folder.is_dir() else pattern)
     paths = sorted(path for path in paths if os.path.isfile(path) and not path.endswith(INDEX))
@@ -128,13 +145,14 @@ def open_source(
     if index is None:
         if split not in (None, "train"):
             notes = (f"{pattern} has no {INDEX}: all its records serve as {split}",)
-        source = ArrayRecordSource(pattern, paths)
+        source = ArrayRecordSource(pattern, paths, classes=classes)
     else:
         shards = {shard["file"]: shard for shard in index["shards"]}
         chosen = _choose(pattern, paths, shards, split)
-        known = [index["fingerprint"], *(os.path.basename(p) for p in chosen)]
         counts = [shards[os.path.basename(path)]["count"] for path in chosen]
-        source = ArrayRecordSource(pattern, chosen, counts, index["classes"], digest(known))
+        source = ArrayRecordSource(
+            pattern, chosen, counts, index["classes"], classes, index["fingerprint"]
+        )
     source.notes = notes
     return source
 
@@ -158,7 +176,6 @@ def _choose(pattern: str, paths: list[str], shards: dict[str, Any], split: str |
         )
     known = {shards[name]["split"] for name in names}
     if split is not None and known != {""}:
-        if split not in known:
-            raise no_such_split(pattern, split, known)
-        return [path for path in paths if shards[os.path.basename(path)]["split"] == split]
+        wanted = find_split(pattern, split, known)
+        return [path for path in paths if shards[os.path.basename(path)]["split"] == wanted]
     return paths

@@ -9,12 +9,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypedDict
 
 from invideo_jax.data.decode import BadVideo, check_path
+from invideo_jax.data.manifest import split_name
 from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
+
+ROOTS_OPTION = "--config.data.roots"  # as the training command spells it
 
 
 class SourceError(UserError):
     """A source that can't be opened or used as asked; the message says what to do."""
+
+
+class NoSuchSplit(SourceError):
+    """A source that tells its splits apart, and lacks the one asked for."""
 
 
 class Example(TypedDict):
@@ -70,7 +77,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Hash of the number of examples and their names, the same on every host and day."""
+        """Hash of all that is known of the examples without reading them, the same on every host and day."""
 
     def keys(self) -> Iterator[str]:
         """What each example is, comparable between sources: file and seconds, or the record's place."""
@@ -102,15 +109,20 @@ class Roots:
     Args:
         folder: where relative paths start.
         more: further allowed folders.
+        option: what the user sets them with, for messages.
     """
 
-    def __init__(self, folder: str | os.PathLike, more: Sequence[str] = ()):
+    def __init__(
+        self, folder: str | os.PathLike, more: Sequence[str] = (), option: str = ROOTS_OPTION
+    ):
         self.folders = tuple(os.path.abspath(os.fspath(f)) for f in (folder, *more))
+        self.option = option
         for given in self.folders:
             if not os.path.isdir(given):
                 raise SourceError(
-                    f"An allowed root must be a folder; got {given}. Correct data.roots."
+                    f"An allowed root must be a folder; got {given}. Correct {option}."
                 )
+        self._real = tuple(map(os.path.realpath, self.folders))
 
     def locate(self, path: str) -> tuple[str, str | None]:
         """The absolute path, and the root it is written below (None: below no root)."""
@@ -119,6 +131,27 @@ class Roots:
             if full.startswith(root.rstrip(os.sep) + os.sep):
                 return full, root
         return full, None
+
+    def outside(self, paths: Sequence[str]) -> list[str]:
+        """The paths written below no root; no file is looked at."""
+        suspects = (p for p in paths if p.startswith(os.sep) or ".." in p)
+        return [path for path in suspects if self.locate(path)[1] is None]
+
+    def refusal(self, name: str, outside: Sequence[str], count: int) -> SourceError:
+        """The error for a list of `count` rows of which those at `outside` lead below no root."""
+        full = [self.locate(path)[0] for path in outside]
+        return SourceError(
+            f"Every path of a list must lead below its own folder ({self.folders[0]}) or an allowed root; "
+            f"{len(outside)} of {count} rows of {name} lead outside. First: {outside[0]}. {self.allow(full)}"
+        )
+
+    def allow(self, files: Sequence[str]) -> str:
+        """The option that allows the folders of `files`, besides those given already."""
+        top: dict[str, list[str]] = {}
+        for folder in sorted({os.path.dirname(file) for file in files}):
+            top.setdefault("/".join(folder.split(os.sep)[:2]), []).append(folder)
+        folders = [*self.folders[1:], *map(os.path.commonpath, top.values())]
+        return f"Allow their folder: {self.option}={','.join(folders)}"
 
     def check(self, path: str) -> str:
         """The absolute path of a file that may be opened.
@@ -129,12 +162,12 @@ class Roots:
         full, root = self.locate(path)
         if root is None:
             raise BadVideo(
-                "path_escape", full, f"outside {', '.join(self.folders)}; see data.roots"
+                "path_escape", full, f"outside {', '.join(self.folders)}; see {self.option}"
             )
+        check_path(full)
         real = os.path.realpath(full)
-        # A link into another allowed root is fine.
-        others = [r for r in self.folders if _below(real, os.path.realpath(r))]
-        check_path(full, others[0] if others else root)
+        if not any(_below(real, root) for root in self._real):
+            raise BadVideo("symlink", full, f"leads to {real}; see {self.option}")
         return full
 
 
@@ -164,7 +197,7 @@ def check_sample(name: str, roots: Roots, paths: Sequence[str], count: int = 100
         counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         outside = reasons.keys() & {"path_escape", "symlink"}
         fix = (
-            f"Allow their folder: --config.data.roots={_common_folder(bad)}"
+            roots.allow([os.path.realpath(e.path) for e in bad if e.reason in outside])
             if outside
             else f"Relative paths start at {roots.folders[0]}: move the list there, or correct its paths"
         )
@@ -174,17 +207,34 @@ def check_sample(name: str, roots: Roots, paths: Sequence[str], count: int = 100
         )
 
 
-def _common_folder(bad: Sequence[BadVideo]) -> str:
-    folders = [os.path.dirname(os.path.realpath(error.path)) for error in bad]
-    try:
-        return os.path.commonpath(folders)
-    except ValueError:
-        return folders[0]
+def find_split(name: str, split: str, known: Iterable[str]) -> str:
+    """The one of the `known` splits that `split` means (`val` and its like are `validation`).
+
+    Raises:
+        NoSuchSplit: none of them.
+    """
+    known = list(known)
+    for one in known:
+        if split_name(one) == split_name(split):
+            return one
+    raise NoSuchSplit(f'{name} has no split "{split}".{nearest(split, known)}')
 
 
-def no_such_split(name: str, split: str, known: Iterable[str]) -> SourceError:
-    """The error for a split that a source hasn't."""
-    return SourceError(f'{name} has no split "{split}".{nearest(split, known)}')
+def renumber(name: str, own: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    """Numbers in `classes` of a source's own classes; None where its numbers stand as they are.
+
+    Raises:
+        SourceError: a class that is not among `classes`.
+    """
+    if not own or not classes or tuple(own) == tuple(classes):
+        return None
+    strange = [label for label in own if label not in classes]
+    if strange:
+        raise SourceError(
+            f'Every class of {name} must be one of the {len(classes)} classes asked for; "{strange[0]}" is '
+            f"not ({len(strange)} in all).{nearest(strange[0], classes)}"
+        )
+    return [list(classes).index(label) for label in own]
 
 
 def existing_folder(path: str, what: str) -> pathlib.Path:

@@ -11,6 +11,7 @@ import numpy as np
 
 from invideo_jax.data.manifest import read_manifest
 from invideo_jax.data.sources.base import (
+    ROOTS_OPTION,
     Example,
     Roots,
     Source,
@@ -18,8 +19,8 @@ from invideo_jax.data.sources.base import (
     check_sample,
     digest,
     existing_folder,
+    find_split,
     make_example,
-    no_such_split,
 )
 from invideo_jax.registry import nearest
 
@@ -38,6 +39,8 @@ class ManifestSource(Source):
         coded = [json.dumps(row, separators=(",", ":")).encode() for row in rows]
         self._offsets = np.cumsum([0, *map(len, coded)], dtype=np.int64)
         self._block = b"".join(coded)
+        # Of every value of every row: a corrected label or another cut is another dataset.
+        self._fingerprint = digest([self._offsets.tobytes(), self._block, *classes])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -71,10 +74,11 @@ class ManifestSource(Source):
 
     def keys(self) -> Iterator[str]:
         for row in map(self.row, range(len(self))):
-            yield f"{self._roots.locate(row['path'])[0]}#{row.get('start', 0)}-{row.get('end', '')}"
+            begin, end = float(row.get("start", 0)), row.get("end", "")
+            yield f"{self._roots.locate(row['path'])[0]}#{begin}-{end}"
 
     def fingerprint(self) -> str:
-        return digest([len(self), *(self.identify(i) for i in range(len(self)))])
+        return self._fingerprint
 
 
 def open_source(
@@ -82,6 +86,7 @@ def open_source(
     *,
     split: str | None = None,
     roots: Sequence[str] = (),
+    roots_option: str = ROOTS_OPTION,
     min_seconds: float | None = None,
     max_seconds: float | None = None,
     labelled: bool = False,
@@ -95,6 +100,7 @@ def open_source(
     Args:
         split: keep rows of this split; a manifest without the column serves whole.
         roots: folders besides the manifest's own that its paths may lie in.
+        roots_option: how the user sets `roots`, for messages.
         min_seconds, max_seconds: keep clips this long (end - start, or the column `seconds`).
         labelled: keep rows with a label. captioned: keep rows with a caption.
         classes: class names by number, where labels are names; default: the names of the whole list, sorted, so that
@@ -108,7 +114,7 @@ def open_source(
         raise SourceError(
             f"A manifest must hold at least one row; {os.path.abspath(path)} holds 0."
         )
-    located = Roots(pathlib.Path(path).absolute().parent, roots)
+    located = Roots(pathlib.Path(path).absolute().parent, roots, roots_option)
     names = _number_labels(path, rows, tuple(classes))
     notes = _name_rows(path, rows)
     for what, keep in _filters(
@@ -124,7 +130,11 @@ def open_source(
                 + (f" Errors of the scan: {errors}." if "scan" in what else " Loosen it.")
             )
         rows = left
-    check_sample(path, located, [row["path"] for row in rows])
+    paths = [row["path"] for row in rows]
+    outside = located.outside(paths)
+    if outside:
+        raise located.refusal(path, outside, len(rows))
+    check_sample(path, located, paths)
     kept = ("id", "path", "start", "end", "captions", "label", "split", "transcript", "flip")
     source = ManifestSource(
         path, [{k: row[k] for k in kept if k in row} for row in rows], located, names
@@ -205,10 +215,9 @@ def _filters(
         if not known:
             if split != "train":
                 notes.append(f"{path} has no column split: all its rows serve as {split}")
-        elif split not in known:
-            raise no_such_split(path, split, known)
         else:
-            filters.append((f"split {split}", lambda row: row.get("split") == split))
+            wanted = find_split(path, split, known)
+            filters.append((f"split {wanted}", lambda row: row.get("split") == wanted))
     if min_seconds is not None or max_seconds is not None:
         if all(_length(row) is None for row in rows):
             raise SourceError(

@@ -1,16 +1,34 @@
-"""A TFDS dataset of encoded videos, through its data source: no TensorFlow is loaded."""
+"""A TFDS dataset of encoded videos, through its data source: no TensorFlow is loaded.
 
+    tfds:NAME[/SPLIT][?dir=PATH&video=FEATURE&caption=FEATURE&label=FEATURE...]
+
+`dir` is where it lies (default: $TFDS_DATA_DIR, ~/tensorflow_datasets); the others say which feature a field is, where its
+name tells it not. Characters that mean something in a query are written as %26 and the like.
+"""
+
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from invideo_jax.data.decode import BadVideo
-from invideo_jax.data.manifest import FIELDS
+from invideo_jax.data.manifest import FIELDS, split_name
 from invideo_jax.data.sources.array_record import from_record
-from invideo_jax.data.sources.base import Example, Source, SourceError, digest, no_such_split
+from invideo_jax.data.sources.base import (
+    ROOTS_OPTION,
+    Example,
+    NoSuchSplit,
+    Source,
+    SourceError,
+    digest,
+    find_split,
+    renumber,
+)
 from invideo_jax.registry import nearest
 
+_WANTED = {"video": ("video", "clip", "bytes", "encoded", "mp4")}  # field -> feature names
+_WANTED |= {field: aliases for field, aliases in FIELDS.items() if field != "path"}
 _PREPARE = "builder.download_and_prepare(file_format='array_record')"
 
 
@@ -20,27 +38,30 @@ class TfdsSource(Source):
     Args:
         name: 'dataset', 'dataset/config' or 'dataset:version', as TFDS writes it.
         split: a split of it.
-        data_dir: where it lies; None: TFDS's own default ($TFDS_DATA_DIR, ~/tensorflow_datasets).
+        data_dir: where it lies; None: TFDS's own default.
         features: our field -> its feature name, where neither the field nor an alias of it is the name.
+        classes: class names by number, as they are wanted; default: its own.
     """
 
     def __init__(
         self,
         name: str,
         split: str,
-        data_dir: str | None = None,
-        features: Mapping[str, str] | None = None,
+        data_dir: str | None,
+        features: Mapping[str, str],
+        classes: Sequence[str],
     ):
         builder = _builder(name, data_dir)
-        if split not in builder.info.splits:
-            raise no_such_split(f"tfds:{name}", split, builder.info.splits)
+        split = find_split(f"tfds:{name}", split, builder.info.splits)
         info = builder.info.splits[split]
         self.name = f"tfds:{builder.info.full_name}/{split}"
-        self._feature_of = _map_features(self.name, list(builder.info.features), features or {})
-        if "label" in self._feature_of:  # a ClassLabel knows its names
-            label = builder.info.features[self._feature_of["label"]]
-            self.classes = tuple(getattr(label, "names", None) or ())
-        self._known = digest([self.name, info.num_examples, *info.shard_lengths])
+        self._feature_of = _map_features(self.name, list(builder.info.features), features)
+        # A ClassLabel knows its names.
+        label = dict(builder.info.features).get(self._feature_of.get("label"))
+        own = tuple(getattr(label, "names", None) or ())
+        self.classes, self._numbers = tuple(classes) or own, renumber(self.name, own, classes)
+        counts = (info.num_examples, info.num_bytes, *info.shard_lengths)
+        self._known = digest([self.name, *counts, *sorted(self._feature_of.items()), *self.classes])
         try:
             self._records = builder.as_data_source(split)
         except (NotImplementedError, ValueError) as error:
@@ -59,7 +80,7 @@ class TfdsSource(Source):
         except RuntimeError as error:
             raise BadVideo("corrupt_record", where, str(error)[:300]) from error
         record = {field: _plain(field, raw[feature]) for field, feature in self._feature_of.items()}
-        return from_record(record, where, self.classes)
+        return from_record(record, where, self.classes, self._numbers)
 
     def fingerprint(self) -> str:
         return self._known
@@ -70,15 +91,41 @@ def open_source(
     *,
     split: str | None = None,
     roots: Sequence[str] = (),
-    data_dir: str | None = None,
-    features: Mapping[str, str] | None = None,
+    roots_option: str = ROOTS_OPTION,
+    classes: Sequence[str] = (),
 ) -> TfdsSource:
-    """`NAME` or `NAME/SPLIT`; a split in the name is the split to read."""
-    del roots  # records hold bytes, no paths
+    """What stands behind `tfds:`, see the top of this file; a split in the name is the only one it gives."""
+    del roots, roots_option  # records hold bytes, no paths
+    name, _, query = name.partition("?")
+    data_dir, features = _read_query(name, query)
     head, slash, tail = name.rpartition("/")
     if slash and tail in _builder(head, data_dir, missing_ok=True).info.splits:
+        if split is not None and split_name(split) != split_name(tail):
+            raise NoSuchSplit(
+                f'tfds:{name} is the split "{tail}"; the split asked for is "{split}". '
+                f"Ask for {tail}, or write tfds:{head}."
+            )
         name, split = head, tail
-    return TfdsSource(name, split or "train", data_dir, features)
+    return TfdsSource(name, split or "train", data_dir, features, classes)
+
+
+def _read_query(name: str, query: str) -> tuple[str | None, dict[str, str]]:
+    """'dir=PATH&caption=FEATURE' -> (PATH, {'captions': FEATURE})."""
+    try:
+        given = dict(urllib.parse.parse_qsl(query, strict_parsing=bool(query)))
+    except ValueError as error:
+        raise SourceError(
+            f"Behind the ? of a tfds: source must stand KEY=VALUE, joined by &; got {query!r}."
+        ) from error
+    data_dir, features = given.pop("dir", None), {}
+    known = {alias: field for field, aliases in _WANTED.items() for alias in aliases}
+    for key, feature in given.items():
+        field = key if key in _WANTED else known.get(key)
+        if field is None:
+            keys = ["dir", *_WANTED, *known]
+            raise SourceError(f'tfds:{name} takes no key "{key}".{nearest(key, keys)}')
+        features[field] = feature
+    return data_dir, features
 
 
 class _Nothing:
@@ -113,22 +160,18 @@ def _builder(name: str, data_dir: str | None, missing_ok: bool = False) -> Any:
 
 def _map_features(name: str, held: list[str], given: Mapping[str, str]) -> dict[str, str]:
     """Our field -> the dataset's feature; `video` must be among them."""
-    wanted = {"video": ("video", "clip", "bytes", "encoded", "mp4")}
-    wanted |= {field: aliases for field, aliases in FIELDS.items() if field != "path"}
-    for field, feature in given.items():
-        if field not in wanted:
-            raise SourceError(f'Unknown field "{field}" in features.{nearest(field, wanted)}')
+    for feature in given.values():
         if feature not in held:
             raise SourceError(f'{name} has no feature "{feature}".{nearest(feature, held)}')
     found = {
         field: next((alias for alias in aliases if alias in held), None)
-        for field, aliases in wanted.items()
+        for field, aliases in _WANTED.items()
     }
     found = {field: feature for field, feature in found.items() if feature} | dict(given)
     if "video" not in found:
         raise SourceError(
             f"{name} must have a feature with the encoded video bytes; it has {', '.join(held)}. "
-            'Say which: features=dict(video="...").'
+            f"Say which: {name.split('/')[0]}?video=FEATURE."
         )
     return found
 
