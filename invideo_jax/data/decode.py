@@ -91,7 +91,7 @@ class VideoReader:
             numbered from 0. Only that part of the file is read. None for the beginning and the end.
 
     Attributes:
-        truncated: the file ends before its declared length.
+        truncated: the file ends before its declared length (with `end`: and before that).
         fallbacks: how often frames had to be counted from the start of the file.
 
     Raises:
@@ -110,7 +110,7 @@ class VideoReader:
         self.path = source if isinstance(source, str) else ""
         self.fallbacks, self.truncated = 0, False
         self._source, self._first = source, None
-        self._container, self._stream = open_container(source, self.limits, self.path)
+        self._open()
         try:
             self._deadline = Deadline(self.limits.decode_seconds, self.path)
             self._table = self._read_part(start, end)
@@ -175,19 +175,20 @@ class VideoReader:
 
     def _read_part(self, start: float | None, end: float | None) -> FrameTable:
         stream = self._stream
-        if start is None and end is None:
+        if not start and end is None:
             table = self._scan_packets(_END)
             self._origin = table.pts[0]
-            self._check_whole(table)
+            self._check_end(table)
             return table
         table = None
         if stream.start_time is not None and stores_times(self._container):
             self._origin = stream.start_time
             table = self._read_around(*self._bounds(start, end))
         if table is None or not table.exact:
-            self._reopen()
+            self._rewind()
             table = self._scan_packets(_END)
             self._origin = table.pts[0]
+        self._check_end(table)
         low, high = self._bounds(start, end)
         table.shown = [i for i, pts in enumerate(table.pts) if low <= pts < high]
         if not table.shown:
@@ -204,6 +205,7 @@ class VideoReader:
         """Lists the frames around [low, high), from the keyframe before it."""
         back, step = 0, round(2 / self._stream.time_base)
         while low - back > self._stream.start_time:
+            self._moved = True
             try:
                 self._container.seek(int(low - back), stream=self._stream)
             except av.FFmpegError:
@@ -213,12 +215,18 @@ class VideoReader:
                 table.partial = True
                 return table
             back, step = back + step, 2 * step  # landed behind `low`
-        self._reopen()
+        self._rewind()
         return self._scan_packets(high)
 
-    def _reopen(self) -> None:
-        self._container.close()
+    def _open(self) -> None:
         self._container, self._stream = open_container(self._source, self.limits, self.path)
+        self._moved = False
+
+    def _rewind(self) -> None:
+        """A fresh container: seeking back to the start leaves traces in some formats."""
+        if self._moved:
+            self._container.close()
+            self._open()
 
     def _scan_packets(self, high: float) -> FrameTable:
         guessed = self._stream.codec_context.has_b_frames and not stores_times(self._container)
@@ -232,27 +240,27 @@ class VideoReader:
 
     def _packets(self):
         """The packets with data of the picture stream, from where the container stands; watches the clock."""
+        self._moved = True
         try:
             for packet in self._container.demux(self._stream):
                 self._deadline.check()
                 if packet.size:
                     yield packet
-        except av.error.ExitError:
-            raise BadVideo(
-                "timeout", self.path, f"limit {self.limits.decode_seconds:g} s"
-            ) from None
         except av.FFmpegError as error:
             detail = f"reading packets: {error.strerror}"
             raise BadVideo("decode_error", self.path, detail) from None
         except IndexError:  # PyAV does not know a stream that damaged data makes appear half-way
             raise BadVideo("corrupt_packet", self.path, "an undeclared stream") from None
 
-    def _check_whole(self, table: FrameTable) -> None:
-        """Notes a file cut short; one that goes on behind its last readable packet is damaged."""
+    def _check_end(self, table: FrameTable) -> None:
+        """Notes a file cut short; one that goes on behind its last readable packet is damaged.
+
+        Costs nothing where the table stops before the end of the file: then what was asked for is there.
+        """
         declared = declared_seconds(self._container, self._stream)
-        if declared is None:
+        if declared is None or not table.ended:
             return
-        short = declared - (table.end - table.pts[0]) * float(self._stream.time_base)
+        short = declared - (table.end - self._origin) * float(self._stream.time_base)
         self.truncated = short > max(_CUT_SECONDS, _CUT_SHARE * declared)
         rest = self._container.size - table.end_byte
         alone = len(self._container.streams) == 1
@@ -365,7 +373,7 @@ class VideoReader:
 
     def _count(self, wanted: list[int], images: "_Images") -> None:
         """Decodes from the start of the file in a fresh container, and counts."""
-        self._reopen()
+        self._rewind()
         by_time = self._table.partial  # frame numbers do not start at the first of the file
         keys = [self._table.pts[i] for i in wanted] if by_time else wanted
         missing, seen = dict(zip(keys, wanted)), 0

@@ -18,6 +18,7 @@ class FrameTable:
         key_pts, key_dts: times of the keyframes: of showing and of decoding.
         exact: times are there and distinct, so that a frame is known by its time.
         partial: does not begin at the start of the file.
+        ended: goes to the end of the file.
         shown: numbers of the frames of the asked part; None for all.
         end: where the last frame ends, in time base units.
         end_byte: where the last packet ends in the file.
@@ -30,6 +31,7 @@ class FrameTable:
     key_dts: list[int]
     exact: bool = False
     partial: bool = False
+    ended: bool = False
     shown: list[int] | None = None
     end: int = 0
     end_byte: int = 0
@@ -80,6 +82,8 @@ def read_table(
             table.end = max(table.end, pts + (packet.duration or 0))
         table.end_byte = max(table.end_byte, (packet.pos or 0) + packet.size)
         table.largest = max(table.largest, packet.size)
+    else:
+        table.ended = True
     # Pictures shown before the first keyframe lean on one that is not in the file.
     frames = sorted(frame for frame in frames if not keys or frame[0] >= keys[0][0])
     if not frames:

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import av
 import numpy as np
 
 from invideo_jax.data.decode import BadVideo, Limits, VideoReader, View
@@ -79,10 +78,6 @@ def _scan_task(task: tuple[str, int, Limits]) -> dict[str, Any]:
     return scan_file(path, sample=sample, limits=limits)
 
 
-def _start_worker() -> None:
-    av.logging.set_level(None)
-
-
 def scan_files(
     paths: Sequence[str],
     *,
@@ -110,7 +105,6 @@ def scan_files(
 
 def _run(tasks: dict[str, tuple], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if not workers:
-        _start_worker()
         yield from ((path, _scan_task(task)) for path, task in tasks.items())
         return
     waiting, left = iter(tasks.items()), dict(tasks)
@@ -139,7 +133,7 @@ def _run(tasks: dict[str, tuple], workers: int) -> Iterator[tuple[str, dict[str,
 
 def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+        workers, mp_context=multiprocessing.get_context("spawn")
     )
 
 
