@@ -18,7 +18,7 @@ def _check(n: int, frames: int, **positive: float) -> None:
             raise ValueError(f"{name} must be at least 1; got {name}={value}.")
 
 
-def dense(n: int, frames: int, stride: int, rng, *, jitter: bool = False) -> np.ndarray:
+def dense(n: int, frames: int, stride: int, rng) -> np.ndarray:
     """One window of T frames `stride` apart at a random offset (VideoMAE pretraining).
 
     A window is T * stride frames long. Of a video too short for it the frames 0, stride, 2 *
@@ -29,17 +29,13 @@ def dense(n: int, frames: int, stride: int, rng, *, jitter: bool = False) -> np.
         frames: T, at least 1.
         stride: distance, at least 1.
         rng: draws the offset, uniform in [0, n - T * stride].
-        jitter: moves each frame by a random 0 to stride - 1; one that would leave the video stays
-            where it is.
     """
     _check(n, frames, stride=stride)
     free = n - frames * stride + 1
     offset = int(rng.integers(0, free)) if free > 0 else 0
-    shift = rng.integers(0, stride, size=frames) if jitter else np.zeros(frames, np.int64)
     indices = np.empty(frames, np.int64)
     for i in range(frames):
-        moved = offset + int(shift[i])
-        indices[i] = moved if moved < n else offset
+        indices[i] = offset
         if offset + 1 + stride < n:
             offset += stride
     return indices

@@ -36,11 +36,9 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from invideo_jax.data.scenes import pixels, scene, sound, splits, vocabulary, words
-from invideo_jax.data.scenes.vocabulary import LABELS, SHAPES, TEXTURES, mentions  # noqa: F401
 
-COLOURS = tuple(vocabulary.COLOURS)
 SPLITS = splits.SPLITS
-VERSION = 1  # raise when a clip's pixels, sound or text change
+VERSION = 2  # raise when a clip's pixels, sound or text change
 _CHUNK = 32  # clips a task: about half a second of work
 
 
@@ -141,7 +139,6 @@ def clip_row(settings: Settings, index: int) -> dict:
     return {
         "id": f"{index:06d}",
         "path": f"{s.split}/{index:06d}.mp4",
-        "start": 0.0,
         "captions": texts,
         "label": s.label,
         "label_name": s.motion,
@@ -296,7 +293,7 @@ def _write_all(partial: pathlib.Path, settings: Settings, workers: int, progress
     summary = {
         "name": "invideo_jax built-in dataset",
         "parameters": _parameters(settings),
-        "labels": list(LABELS),
+        "labels": list(vocabulary.LABELS),
         "counts": {s: sum(row["split"] == s for row, _ in rows) for s in SPLITS},
         "bytes": sum(size for _, (size, _) in rows),
         "digest": digest.hexdigest(),

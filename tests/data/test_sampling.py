@@ -41,11 +41,6 @@ def test_dense_of_a_short_video_repeats_its_last_frame():
     assert sampling.dense(1, 4, 4, Fixed()).tolist() == [0, 0, 0, 0]
 
 
-def test_dense_jitter_stays_inside():
-    got = sampling.dense(8, 4, 4, Fixed([3, 3, 1, 0]), jitter=True)
-    assert got.tolist() == [3, 7, 5, 4]  # 8 and 7 + 4 would be outside: 4 + 3, 4 + 1, 4 + 0
-
-
 def test_dense_view_covers_the_ends():
     assert sampling.dense_view(100, 8, 4, 0, 3).tolist() == list(range(0, 32, 4))
     assert sampling.dense_view(100, 8, 4, 2, 3).tolist() == list(range(68, 100, 4))
@@ -216,11 +211,7 @@ def examples(shared):
 def pretraining(e):
     if e["mode"].startswith("dense"):
         return sampling.dense(
-            e["video_len"],
-            e["new_length"],
-            e["new_step"],
-            NumpyDraws(e["np_seed"]),
-            jitter=e["temporal_jitter"],
+            e["video_len"], e["new_length"], e["new_step"], NumpyDraws(e["np_seed"])
         )
     return sampling.tsn_segments(e["video_len"], e["num_segments"], NumpyDraws(e["np_seed"]))
 
@@ -267,11 +258,12 @@ def agreement(rows, rule):
     "name", ["VideoMAE.kinetics.VideoMAE (MCG-NJU)", "IV2.datasets.mae.VideoMAE"]
 )
 def test_pretraining_examples(examples, name):
-    rows = [
-        e for e in examples[name] if "error" not in e
-    ]  # sampling_rate > 1 with segments raises there
+    # sampling_rate > 1 with segments raises there. Jitter within the stride, which no published
+    # recipe uses, is left out.
+    rows = [e for e in examples[name] if "error" not in e]
+    rows = [e for e in rows if not e["temporal_jitter"]]
     same, other = agreement(rows, pretraining)
-    assert not other and len(same) == (168 if name.startswith("VideoMAE") else 252)
+    assert not other and len(same) == (126 if name.startswith("VideoMAE") else 210)
 
 
 def test_fine_tuning_dense_examples(examples):

@@ -40,7 +40,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def scenes_of(motion: str, count: int, seed: int = 0) -> list[scene.Scene]:
-    found = (scene.sample(seed, i) for i in range(count * len(synthetic.LABELS)))
+    found = (scene.sample(seed, i) for i in range(count * len(vocabulary.LABELS)))
     return [s for s in found if s.motion == motion]
 
 
@@ -143,9 +143,9 @@ def test_split_rule_cuts_all_combinations_and_keeps_colours_even(fractions):
         sizes = {len(pairs) for (s, _, _), pairs in table.items() if s == split}
         assert len(sizes) == 1, "a colour must not be more frequent for one motion than for another"
     for action in splits.ACTIONS:
-        pairs = [p for c in synthetic.COLOURS for p in table["train", action, c]]
-        assert {s for s, _ in pairs} == set(synthetic.SHAPES)
-        assert {t for _, t in pairs} == set(synthetic.TEXTURES)
+        pairs = [p for c in vocabulary.COLOURS for p in table["train", action, c]]
+        assert {s for s, _ in pairs} == set(vocabulary.SHAPES)
+        assert {t for _, t in pairs} == set(vocabulary.TEXTURES)
 
 
 def test_every_split_is_balanced_over_labels(rows):
@@ -211,10 +211,10 @@ def test_decoded_pictures_and_sound_are_the_rendered_ones():
 
 
 def test_rows_carry_what_readers_need(rows):
-    wanted = {"id", "path", "start", "captions", "label", "label_name", "split", "transcript"}
+    wanted = {"id", "path", "captions", "label", "label_name", "split", "transcript"}
     for row in rows:
         assert wanted | {"flip", "attributes"} == set(row)
-        assert row["label_name"] == synthetic.LABELS[row["label"]] == row["attributes"]["motion"]
+        assert row["label_name"] == vocabulary.LABELS[row["label"]] == row["attributes"]["motion"]
         assert row["flip"] is False
         assert row["path"] == f"{row['split']}/{row['id']}.mp4"
 
@@ -374,7 +374,7 @@ def test_captions_name_shape_colour_texture_and_only_the_right_motion():
         a = row["attributes"]
         assert len(row["captions"]) == 4
         for n, text in enumerate(row["captions"]):
-            named = synthetic.mentions(text)
+            named = vocabulary.mentions(text)
             assert a["shape"] in named["shape"], text
             assert a["colour"] in named["colour"], text
             assert named["motion"] == {a["motion"]}, text
@@ -394,7 +394,7 @@ def test_captions_vary_in_wording():
         assert len(set(written)) == 4
         texts += written
         for text in written:
-            for word in (*synthetic.COLOURS, *synthetic.SHAPES, *synthetic.TEXTURES):
+            for word in (*vocabulary.COLOURS, *vocabulary.SHAPES, *vocabulary.TEXTURES):
                 text = text.replace(word, "_")
             frames[s.motion].add(text)
     assert len(set(texts)) > 0.8 * len(texts)
@@ -402,15 +402,15 @@ def test_captions_vary_in_wording():
 
 
 def test_mentions_reads_other_sentences():
-    named = synthetic.mentions("A striped RED disc sinks, and one hears a tone that rises.")
+    named = vocabulary.mentions("A striped RED disc sinks, and one hears a tone that rises.")
     assert named["motion"] == {"moves down"}
     assert named["sound"] == {"rising tone"}
     assert (named["shape"], named["colour"]) == ({"circle"}, {"red"})
     assert named["texture"] == {"striped"}
-    named = synthetic.mentions("a blue cross crosses paths with a heart, reddish")
+    named = vocabulary.mentions("a blue cross crosses paths with a heart, reddish")
     assert (named["motion"], named["shape"]) == ({"passes"}, {"cross", "heart"})
     assert named["colour"] == {"blue"}
-    assert not any(synthetic.mentions("nothing to see").values())
+    assert not any(vocabulary.mentions("nothing to see").values())
 
 
 @pytest.mark.parametrize("frames", [8, 16, 40])
@@ -424,7 +424,7 @@ def test_spoken_words_have_times_inside_the_clip(frames):
         assert (times[1:, 0] > times[:-1, 1]).all()
         assert times[0, 0] >= 0
         assert times[-1, 1] <= settings.seconds
-        assert synthetic.mentions(row["transcript"])["motion"] == {row["label_name"]}
+        assert vocabulary.mentions(row["transcript"])["motion"] == {row["label_name"]}
 
 
 # --- making it again ---
@@ -503,6 +503,8 @@ def command(*args, **kwargs) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         cwd=pathlib.Path(__file__).resolve().parents[2],
+        # Tests that run in the background are given an ignored SIGINT, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **kwargs,
     )
 

@@ -14,7 +14,7 @@ import pytest
 from invideo_jax.data import synthetic
 from invideo_jax.data.scenes import pixels, scene, sound, vocabulary
 
-CHANCE = 1 / len(synthetic.LABELS)
+CHANCE = 1 / len(vocabulary.LABELS)
 HALVES = (0.65, 0.35, 0.0)
 SIZE, FRAMES = 48, 16
 
@@ -36,7 +36,7 @@ def ridge(features: np.ndarray, labels: np.ndarray, train: np.ndarray) -> float:
     x = features.reshape(len(features), -1).astype(np.float64)
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
     x = np.concatenate([x, np.ones((len(x), 1))], 1)
-    targets = np.eye(len(synthetic.LABELS))[labels]
+    targets = np.eye(len(vocabulary.LABELS))[labels]
     # Solved in whichever of the two spaces is the smaller.
     kernel = x[train] @ x[train].T
     scores = []
@@ -53,7 +53,7 @@ def neighbours(features: np.ndarray, labels: np.ndarray, train: np.ndarray) -> f
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
     distance = (x[train] ** 2).sum(1)[None] - 2 * x[~train] @ x[train].T
     order = distance.argsort(1)
-    votes = np.eye(len(synthetic.LABELS))[labels[train]][order]
+    votes = np.eye(len(vocabulary.LABELS))[labels[train]][order]
     return float(
         max((votes[:, :k].sum(1).argmax(1) == labels[~train]).mean() for k in (1, 5, 15, 40))
     )
@@ -201,7 +201,7 @@ def check_states(count: int, margin: float) -> None:
         assert best < CHANCE + margin, name
         right = []
         for pair in OPPOSITES:
-            own = np.isin(labels, [synthetic.LABELS.index(motion) for motion in pair])
+            own = np.isin(labels, [vocabulary.LABELS.index(motion) for motion in pair])
             right.append(ridge(features[own], labels[own], train[own]))
         # The mean of five bests of four strengths: about 0.5 + one standard deviation of one.
         one = 0.5 / np.sqrt((~train).sum() * 2 / 15)

@@ -68,21 +68,21 @@ def _waves(rng: np.random.Generator, pattern: str) -> tuple[list[tuple], float]:
     if pattern == "clouds":
         waves = []
         for _ in range(5):
-            k, direction = 2 * math.pi * rng.uniform(0.7, 2.8), rng.uniform(0, 2 * math.pi)
+            k, direction = 2 * math.pi * rng.uniform(0.3, 1.2), rng.uniform(0, 2 * math.pi)
             waves.append((0.42, k * math.cos(direction), k * math.sin(direction)))
         gain = 1.0
     elif pattern == "waves":
         waves, gain = [], 1.0
         for turn in (-0.25, 0.0, 0.3):
-            k = 2 * math.pi * rng.uniform(2, 4)
+            k = 2 * math.pi * rng.uniform(0.8, 1.6)
             waves.append((0.4, k * math.cos(angle + turn), k * math.sin(angle + turn)))
     elif pattern == "bands":
-        k = 2 * math.pi * rng.uniform(1.5, 3.5)
-        waves, gain = [(1.0, k * math.cos(angle), k * math.sin(angle))], 4.0
+        k = 2 * math.pi * rng.uniform(0.6, 1.3)
+        waves, gain = [(1.0, k * math.cos(angle), k * math.sin(angle))], 3.0
     else:  # tiles: sin p sin q = (cos(p - q) - cos(p + q)) / 2, turned by `angle`
-        k = 2 * math.pi * rng.uniform(1.2, 2.4)
+        k = 2 * math.pi * rng.uniform(0.5, 1.0)
         diagonal = [(angle + q, k * math.sqrt(2)) for q in (math.pi / 4, -math.pi / 4)]
-        waves, gain = [(0.5, r * math.cos(t), r * math.sin(t)) for t, r in diagonal], 6.0
+        waves, gain = [(0.5, r * math.cos(t), r * math.sin(t)) for t, r in diagonal], 3.0
     return [(*w, rng.uniform(0, 2 * math.pi)) for w in waves], gain
 
 
