@@ -16,6 +16,8 @@ from invideo_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_USED = "used up to the cut"
+
 
 class NoReplacement(UserError):
     """Every example that was tried in the place of a bad one was bad too."""
@@ -49,11 +51,19 @@ class BadLedger:
     listed by an earlier start of the run are not listed again, and don't count against the budget until they are met
     again: they may have been repaired meanwhile.
 
+    A file cut short is used up to the cut. It is listed once, with the reason `truncated`, and is not counted as bad.
+
     Args:
         file: list to append to, one JSON object a line; None: keep no list.
         max_share: share of bad examples above which the run stops.
         min_count: the run never stops for this many bad files or fewer.
         total: examples of all sources together; more than these can't be distinct.
+
+    Attributes:
+        seen: rows so far.
+        counts: reason -> distinct bad files.
+        notes: what is used all the same: `truncated` distinct files; `fallback` clips that had to be decoded from the
+            start of their file; `padded` clips with repeated frames, of videos too short.
     """
 
     def __init__(
@@ -72,15 +82,18 @@ class BadLedger:
         self.file = None if file is None else os.fspath(file)
         self.max_share, self.min_count, self.total = max_share, min_count, total
         self.seen = 0
-        self.counts: collections.Counter[str] = collections.Counter()  # reason -> distinct files
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.notes: collections.Counter[str] = collections.Counter()
         self._bad: dict[tuple[str, str], dict[str, str]] = {}
+        self._cut: set[str] = set()
         self._listed = self._read() if self.file else set()
 
     def observe(self, info: Sequence[dict[str, Any]]) -> None:
         """Takes note of one batch.
 
         Args:
-            info: as the loader gives it; `failed` lists what could not be loaded for the row.
+            info: as the loader gives it; `failed` lists what could not be loaded for the row, `truncated`, `fallback`
+                and `padded` say how the clip was made.
 
         Raises:
             TooManyBad: over the budget.
@@ -95,10 +108,21 @@ class BadLedger:
                     log.warning(
                         "Bad video %s: %s (%s)", key[0], failure["reason"], failure["detail"]
                     )
-                if key not in self._listed:
-                    self._append(failure)
+                self._append(failure)
+        for row in info:
+            self._note(row)
         if len(self._bad) > self.min_count and self.share > self.max_share:
             raise TooManyBad(self._message())
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.notes.update(name for name in ("fallback", "padded") if row.get(name))
+        if row.get("truncated") and row["path"] not in self._cut:
+            self._cut.add(row["path"])
+            self.notes["truncated"] += 1
+            cut = {"path": row["path"], "id": row["id"], "reason": "truncated", "detail": _USED}
+            if self.notes["truncated"] <= 10:
+                log.warning("Video %s is cut short: %s", row["path"], _USED)
+            self._append(cut)
 
     @property
     def count(self) -> int:
@@ -124,7 +148,7 @@ class BadLedger:
             + "Check the whole data set with `python -m invideo_jax.data.scan`, or raise data.bad_share."
         )
 
-    def _read(self) -> set[tuple[str, str]]:
+    def _read(self) -> set[tuple[str, str, str]]:
         """What an earlier start listed; a last line cut off by a kill is ended, so that the next starts anew."""
         if not os.path.exists(self.file):
             os.makedirs(os.path.dirname(self.file) or ".", exist_ok=True)
@@ -137,13 +161,14 @@ class BadLedger:
         for line in text.splitlines():
             try:
                 row = json.loads(line)
-                listed.add((row["path"], row["id"]))
+                listed.add((row["path"], row["id"], row["reason"]))
             except (ValueError, KeyError, TypeError):
                 continue
         return listed
 
     def _append(self, failure: dict[str, str]) -> None:
-        if self.file is None:
+        key = (failure["path"], failure["id"], failure["reason"])
+        if self.file is None or key in self._listed:
             return
         line = (json.dumps(failure) + "\n").encode()
         # One write with O_APPEND: lines of several processes don't mix, and a kill leaves whole lines.

@@ -9,7 +9,6 @@ resumes at step n by starting at step n; and any batch can be made alone.
 
 import dataclasses
 import gc
-import os
 import queue
 import threading
 import time
@@ -17,19 +16,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from invideo_jax.data.bad import BadLedger, NoReplacement, stand_ins
 from invideo_jax.data.decode import BadVideo, Limits
 from invideo_jax.data.order import InTurn, Order, Place, stage_number
-from invideo_jax.data.sources.base import Example, Source, SourceError, digest
-from invideo_jax.data.transforms import ClipSpec, load_clip
-from invideo_jax.data.workers import Board, StartWorker, hang_report, kill
+from invideo_jax.data.rows import LocalRows, WorkerDied, check_shared_memory, dataset, explain
+from invideo_jax.data.sources.base import Example, Source, SourceError
+from invideo_jax.data.transforms import ClipInfo, ClipSpec, load_clip
+from invideo_jax.data.workers import Board, hang_report, kill
+
+__all__ = ["Batch", "DataStalled", "LoadExample", "Loader", "WorkerDied"]
 
 MAX_POSITIONS = 2**32  # positions travel to the device as uint32
-_AHEAD = 2  # decoded clips that each thread, and each worker's queue, may hold
+_READY = 2  # batches held ready
+_TRIES = 16  # examples tried in the place of a bad one before the run stops
 _CLOSE_SECONDS = 15.0  # how long close() waits for a clip in work before it ends workers by force
 
 Batch = tuple[dict[str, np.ndarray], list[dict[str, Any]]]
@@ -39,19 +40,12 @@ class DataStalled(RuntimeError):
     """No batch came for too long."""
 
 
-class WorkerDied(RuntimeError):
-    """A worker process ended by itself."""
-
-
 @dataclasses.dataclass(frozen=True)
 class LoadExample:
     """Random access: position of the stage's order -> one loaded row. Pickles into workers.
 
     A bad video is replaced by another of its source, chosen by `stand_ins`, with the random numbers of the position; an
     evaluation (`replace=False`) gives an empty row instead, `valid` False.
-
-    Args:
-        tries: examples tried in the place of a bad one before the run stops.
     """
 
     sources: tuple[Source, ...]
@@ -61,7 +55,6 @@ class LoadExample:
     seed: int
     stage: str
     replace: bool = True
-    tries: int = 16
     board: Board | None = None
 
     def __call__(self, position: int) -> dict[str, Any]:
@@ -87,7 +80,9 @@ class LoadExample:
                     "path": example["path"],
                 }
                 with self._busy(example["path"]):
-                    video = self._decode(example, position)
+                    video, made = self._decode(example, position)
+                info |= {"truncated": made.truncated, "fallback": made.fallback}
+                info["padded"] = made.padded
                 return self._row(position, video, example, info, failed)
             except BadVideo as bad:
                 info["path"] = bad.path or info["path"]
@@ -114,12 +109,12 @@ class LoadExample:
         yield place.record
         if self.replace:
             others = stand_ins(self.seed, place.record, len(self.sources[place.source]))
-            for _, record in zip(range(self.tries), others):
+            for _, record in zip(range(_TRIES), others):
                 yield record
 
-    def _decode(self, example: Example, position: int) -> np.ndarray:
+    def _decode(self, example: Example, position: int) -> tuple[np.ndarray, ClipInfo]:
         rng = np.random.default_rng([self.seed, stage_number(self.stage), position])
-        video, _ = load_clip(
+        return load_clip(
             example["video"],
             self.clip,
             rng,
@@ -128,13 +123,13 @@ class LoadExample:
             flip_ok=example["flip"],
             limits=self.limits,
         )
-        return video
 
     def _busy(self, path: str):
         return self.board.busy(path) if self.board else nullcontext()
 
     def _row(self, position, video, example, info, failed) -> dict[str, Any]:
-        info = info | {"bad": failed[0]["reason"] if failed else None, "failed": failed}
+        untouched = {"truncated": False, "fallback": False, "padded": 0}
+        info = untouched | info | {"bad": failed[0]["reason"] if failed else None, "failed": failed}
         return {
             "video": video,
             "position": position,
@@ -142,26 +137,6 @@ class LoadExample:
             "valid": video is not None,
             "info": info,
         }
-
-
-class _LocalRows:
-    """Random access for Grain: the i-th row that this process reads -> the loaded example."""
-
-    def __init__(
-        self, load: LoadExample, rows: np.ndarray, batch_size: int, start: int, steps: int
-    ):
-        self.load, self.rows, self.batch_size, self.start = load, rows, batch_size, start
-        self.size = steps * len(rows)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        step, row = divmod(index, len(self.rows))
-        return self.load((self.start + step) * self.batch_size + int(self.rows[row]))
-
-    def __repr__(self) -> str:
-        return f"rows of batches of {self.batch_size} from step {self.start}"
 
 
 class Loader:
@@ -174,7 +149,8 @@ class Loader:
         valid     bool [R]: False where an evaluation has no clip (behind the end, or a bad file); video is 0 there
     info, a dict for each row:
         id, source, path: what the clip is of; want: the id first asked for; bad: why that one was replaced, or None;
-        failed: path, id, reason and detail of all that could not be loaded on the way
+        failed: path, id, reason and detail of all that could not be loaded on the way;
+        truncated, fallback, padded: how the clip was made, see `ClipInfo`
 
     Args:
         sources, weights: what to read and its share of the examples.
@@ -189,11 +165,9 @@ class Loader:
             filled up with rows that are not `valid`, and so is the row of a bad video.
         workers: processes that load; 0 loads in threads of this process. Each costs about 1.5 CPU seconds and 230 MB.
         threads: loading threads in each worker (or here).
-        prefetch: batches to hold ready.
         limits: what one video may cost.
         ledger: told of every batch when it is handed out.
         hang_seconds: longest wait for a batch.
-        tries: see `LoadExample`.
 
     Attributes:
         wait_seconds: time that the consumer has waited for batches so far.
@@ -218,11 +192,9 @@ class Loader:
         train: bool = True,
         workers: int = 0,
         threads: int = 2,
-        prefetch: int = 2,
         limits: Limits | None = None,
         ledger: BadLedger | None = None,
         hang_seconds: float = 600.0,
-        tries: int = 16,
     ):
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         _check_numbers(
@@ -231,8 +203,6 @@ class Loader:
             seed=(seed, 0),
             workers=(workers, 0),
             threads=(threads, 0),
-            prefetch=(prefetch, 1),
-            tries=(tries, 1),
         )
         _check_rows(self.rows, batch_size)
         weights = [1.0] * len(sources) if weights is None else list(weights)
@@ -250,7 +220,7 @@ class Loader:
         self._ledger, self._hang_seconds, self._clip = ledger, hang_seconds, clip
         self._board: Board | None = None
         if workers:
-            _check_shared_memory(workers, clip)
+            check_shared_memory(workers, clip)
         self.load = LoadExample(
             sources=tuple(sources),
             order=order,
@@ -259,10 +229,8 @@ class Loader:
             seed=seed,
             stage=stage,
             replace=train,
-            tries=tries,
         )
-        self.fingerprint = _fingerprint(self.load, weights, batch_size)
-        self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
+        self._ready: queue.Queue = queue.Queue(maxsize=_READY)
         self._stop = threading.Event()
         self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._fetch, name="batches", daemon=True)
@@ -339,8 +307,8 @@ class Loader:
         rows = None
         try:
             load = dataclasses.replace(self.load, board=self._board)
-            local = _LocalRows(load, self.rows, self.batch_size, self.start_step, self.steps)
-            rows = iter(_dataset(local, self._workers, self._threads))
+            local = LocalRows(load, self.rows, self.batch_size, self.start_step, self.steps)
+            rows = iter(dataset(local, self._workers, self._threads))
             for _ in range(self.steps):
                 batch = self._gather(rows)
                 if batch is None:
@@ -348,7 +316,7 @@ class Loader:
                 self._put(batch)
             self._put(StopIteration())
         except Exception as error:
-            self._put(_explain(error))
+            self._put(explain(error))
         finally:
             if rows is not None:
                 rows.close()
@@ -383,23 +351,6 @@ class Loader:
                 continue
 
 
-def _dataset(local: _LocalRows, workers: int, threads: int) -> grain.IterDataset:
-    """Grain's part: rows in order, loaded ahead by threads, in worker processes if asked.
-
-    Batches are put together after the workers, never before: only so is the stream the same for every number of them.
-    """
-    # Grain's default holds 500 decoded examples a worker: over 1 GB at 16 frames of 224 pixels.
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * threads)
-    rows = grain.MapDataset.source(local).to_iter_dataset(ahead)
-    if not workers:
-        return rows
-    # Grain 0.2.18 asks an absl flag, which raises where nobody has parsed flags: notebooks, pytest (its issue 1355).
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-    return rows.mp_prefetch(options, worker_init_fn=StartWorker(os.getpid()))
-
-
 def _check_numbers(**numbers: tuple[int, int]) -> None:
     for name, (value, least) in numbers.items():
         if not isinstance(value, int | np.integer) or value < least:
@@ -424,47 +375,6 @@ def _count_steps(epoch: int, batch_size: int, start: int, steps: int | None, tra
             f"batch_size={batch_size}. Split it in two stages."
         )
     return left if steps is None else min(steps, left)
-
-
-def _check_shared_memory(workers: int, clip: ClipSpec) -> None:
-    """Workers hand clips over in /dev/shm; where it is too small they would die by SIGBUS in the middle of a run."""
-    if not os.path.isdir("/dev/shm"):
-        return
-    status = os.statvfs("/dev/shm")
-    free = status.f_bavail * status.f_frsize
-    # Per worker: its queue, the interleaving queue, one in each hand.
-    need = workers * (2 * _AHEAD + 2) * clip.frames * clip.size**2 * 3
-    if need > free:
-        raise SourceError(
-            f"Workers need room for clips in /dev/shm: {need / 2**20:.0f} MiB for data.workers={workers}; "
-            f"{free / 2**20:.0f} MiB are free. Lower data.workers, or start the container with a larger --shm-size."
-        )
-
-
-def _fingerprint(load: LoadExample, weights: Sequence[float], batch_size: int) -> str:
-    """Hash of all that the batches depend on; a resumed run must find the same one."""
-    parts = [load.seed, load.stage, batch_size, repr(load.clip), repr(load.limits), load.replace]
-    for source, weight in zip(load.sources, weights):
-        parts += [source.fingerprint(), weight]
-    return digest(parts)
-
-
-def _explain(error: Exception) -> Exception:
-    if isinstance(error, StopIteration):  # would end the run as if all steps were done
-        return RuntimeError("Grain's iterator ended before the last row that was asked of it.")
-    if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
-        code = str(error).split("exit code")[-1].split(".")[0].strip()
-        hint = {
-            "-9": " (killed: most often the machine ran out of memory)",
-            "-7": " (/dev/shm is full)",
-        }
-        died = WorkerDied(
-            f"A data worker must not end by itself; one ended with exit code {code}{hint.get(code, '')}. "
-            "Lower data.workers or look at the messages above; data.workers=0 loads in this process."
-        )
-        died.__cause__ = error
-        return died
-    return error
 
 
 def _drain(waiting: queue.Queue) -> None:

@@ -47,6 +47,23 @@ def test_each_file_is_listed_and_counted_once(tmp_path, caplog):
     assert caplog.text.count("Bad video a") == 1
 
 
+def test_what_is_used_all_the_same_is_listed_but_not_bad(tmp_path, caplog):
+    path = tmp_path / "bad.jsonl"
+    cut = dict(path="a", id="a", truncated=True, fallback=True, padded=2)
+    for _ in range(2):  # a second start lists nothing again
+        ledger = BadLedger(path, max_share=0.0, min_count=0)
+        ledger.observe([cut, cut | {"truncated": False}, row()])
+        ledger.observe([cut])
+        assert ledger.notes == {"truncated": 1, "fallback": 3, "padded": 3}
+        assert (ledger.count, ledger.seen, ledger.counts) == (0, 4, {})
+    assert [(r["path"], r["reason"], r["detail"]) for r in lines(path)] == [
+        ("a", "truncated", "used up to the cut")
+    ]
+    assert caplog.text.count("Video a is cut short") == 2
+    BadLedger(path).observe([row(("a", "empty"))])  # worse than it was
+    assert [r["reason"] for r in lines(path)] == ["truncated", "empty"]
+
+
 def test_a_resumed_run_lists_nothing_twice_and_ends_a_cut_line(tmp_path):
     path = tmp_path / "bad.jsonl"
     BadLedger(path).observe([row(("a", "empty"))])

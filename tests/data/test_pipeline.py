@@ -1,5 +1,6 @@
 """Global batches don't depend on processes, workers, threads or where a run starts; bad videos and hangs are handled."""
 
+import json
 import os
 import pickle
 import signal
@@ -10,9 +11,10 @@ import time
 
 import numpy as np
 import pytest
+import video_files as files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_videos import write_videos
+from small_videos import write_video, write_videos
 
 from invideo_jax.data import pipeline
 from invideo_jax.data.bad import BadLedger, NoReplacement, TooManyBad, stand_ins
@@ -20,7 +22,7 @@ from invideo_jax.data.decode import BadVideo
 from invideo_jax.data.pipeline import DataStalled, Loader
 from invideo_jax.data.sources import SourceError, open_source
 from invideo_jax.data.sources.base import Source, make_example
-from invideo_jax.data.transforms import ClipSpec
+from invideo_jax.data.transforms import ClipInfo, ClipSpec
 
 CLIP = ClipSpec(frames=2, size=16, stride=2)
 CENTRE = ClipSpec(frames=2, size=16, stride=2, crop="center", flip=0.0, views=1)
@@ -52,7 +54,8 @@ class Drawn(Source):
 
 def paint(video, spec, rng, **options):
     """Stands in for decoding: noise from the example's own generator."""
-    return rng.integers(0, 256, (spec.frames, spec.size, spec.size, 3), np.uint8), None
+    made = ClipInfo((), (), (0, 0, 1, 1), False, padded=0, fallback=False, truncated=False)
+    return rng.integers(0, 256, (spec.frames, spec.size, spec.size, 3), np.uint8), made
 
 
 @pytest.fixture
@@ -129,6 +132,88 @@ def test_any_rows_start_and_threads(painted, data):
     )
 
 
+def keeps(row):
+    """What the filters of the next test leave, in plain Python."""
+    return row["split"] == "train" and row["seconds"] >= 1 and row.get("label", -1) >= 0
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory):
+    """A function that opens manifests of the rows given, filtered; their files are never decoded."""
+    folder = tmp_path_factory.mktemp("lists")
+    for number in range(3):
+        (folder / f"{number}.mp4").write_bytes(b"x")
+
+    def open_lists(manifests):
+        for number, rows in enumerate(manifests):
+            text = "\n".join(map(json.dumps, rows))
+            (folder / f"{number}.jsonl").write_text(text)
+        return [
+            open_source(str(folder / f"{n}.jsonl"), split="train", min_seconds=1.0, labelled=True)
+            for n in range(len(manifests))
+        ]
+
+    return open_lists
+
+
+@st.composite
+def manifests(draw):
+    """Rows of one to three manifests, in any order: what the filters take, what they leave, absent files."""
+    row = st.fixed_dictionaries(
+        dict(
+            path=st.sampled_from(["0.mp4", "1.mp4", "2.mp4"]),
+            split=st.sampled_from(["train", "validation"]),
+            seconds=st.sampled_from([0.5, 1.0, 7.0]),
+        ),
+        optional=dict(label=st.integers(-1, 3)),
+    )
+    made = []
+    for number in range(draw(st.integers(1, 3))):
+        good = [dict(path="0.mp4", split="train", seconds=2.0, label=i) for i in range(8)]
+        bad = draw(st.integers(0, 2)) * [good[0] | {"path": "absent.mp4"}]
+        rows = draw(st.permutations(good + bad + draw(st.lists(row, max_size=12))))
+        made.append([r | {"id": f"{number}/{i}"} for i, r in enumerate(rows)])
+    return made
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(manifests=manifests(), seed=st.integers(0, 9), data=st.data())
+def test_mixed_and_filtered_lists_on_any_number_of_processes(painted, lists, manifests, seed, data):
+    weights = [data.draw(st.sampled_from([0.1, 0.5, 1, 3])) for _ in manifests]
+    kept = [{row["id"] for row in filter(keeps, rows)} for rows in manifests]
+    sources = lists(manifests)
+    assert [len(source) for source in sources] == list(map(len, kept))
+    steps = -(-sum(map(len, kept)) // 8)
+    whole = read(sources, weights, batch_size=8, seed=seed, steps=steps)
+    rows = [row for _, info in whole for row in info]
+    absent = {r["id"] for rows_ in manifests for r in rows_ if r["path"] == "absent.mp4"}
+    for row in rows:  # never what was filtered away, also not in the place of a bad one
+        assert {row["id"], row["want"]} <= kept[int(row["want"][0])]
+        assert (row["bad"] == "missing") == (row["want"] in absent) and row["id"] not in absent
+    if len(manifests) == 1:  # one epoch: each once
+        assert {row["want"] for row in rows[: len(kept[0])]} == kept[0]
+    for processes in (1, 2, 4, 8):
+        start = data.draw(st.integers(0, steps - 1))
+        parts = [
+            read(
+                lists(manifests),  # opened by each process for itself
+                weights,
+                batch_size=8,
+                seed=seed,
+                steps=steps - start,
+                start_step=start,
+                rows=np.arange(8)[p::processes],
+            )
+            for p in range(processes)
+        ]
+        for p, part in enumerate(parts):
+            mine = slice(p, None, processes)
+            wanted = [({k: a[k][mine] for k in a}, info[mine]) for a, info in whole[start:]]
+            assert same(part, wanted)
+
+
 def test_filtering_happens_before_the_order(tmp_path, painted):
     write_videos(tmp_path, 4)
     both, only = tmp_path / "both.csv", tmp_path / "only.csv"
@@ -156,6 +241,31 @@ def test_what_a_batch_holds(tmp_path):
     for row in info:
         assert row["path"] in paths and row["id"] == row["want"] == os.path.basename(row["path"])
         assert row["bad"] is None and row["failed"] == []
+        assert (row["truncated"], row["fallback"], row["padded"]) == (False, False, 0)
+
+
+def test_how_clips_were_made_is_said_and_counted(tmp_path):
+    write_videos(tmp_path / "v", 1)
+    write_video(tmp_path / "v" / "short.mp4", frames=1)
+    files.write(str(tmp_path / "v" / "guessed.avi"), frames=40)  # its times must be counted
+    files.write(str(tmp_path / "whole.mkv"), frames=60)
+    data = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "v" / "cut.mkv").write_bytes(data[: int(0.6 * len(data))])
+    ledger = BadLedger(tmp_path / "bad.jsonl", max_share=0.0, min_count=0)
+    batches = read([open_source(str(tmp_path / "v"))], batch_size=4, steps=3, ledger=ledger)
+    rows = {row["id"]: row for _, info in batches for row in info}
+    said = {k: (r["truncated"], r["fallback"], r["padded"]) for k, r in rows.items()}
+    assert said == {
+        "clip_000.mp4": (False, False, 0),
+        "short.mp4": (False, False, 1),
+        "guessed.avi": (False, True, 0),
+        "cut.mkv": (True, False, 0),
+    }
+    assert ledger.notes == {"truncated": 1, "padded": 3, "fallback": 3} and ledger.count == 0
+    (line,) = (tmp_path / "bad.jsonl").read_text().splitlines()
+    path = str(tmp_path / "v" / "cut.mkv")
+    listed = dict(path=path, id="cut.mkv", reason="truncated", detail="used up to the cut")
+    assert json.loads(line) == listed
 
 
 def test_randomness_is_of_seed_stage_and_position(painted):
@@ -170,21 +280,6 @@ def test_randomness_is_of_seed_stage_and_position(painted):
         )
     alone = loader([Drawn(6)]).load(17)
     assert np.array_equal(alone["video"], videos[17])
-
-
-def test_fingerprint_is_of_all_that_batches_depend_on():
-    base = loader([Drawn(6), Drawn(7)]).fingerprint
-    assert base == loader([Drawn(6), Drawn(7)], rows=[0], start_step=9, threads=2).fingerprint
-    for change in (
-        dict(sources=[Drawn(6), Drawn(8)]),
-        dict(weights=[1, 2]),
-        dict(seed=4),
-        dict(stage="s"),
-        dict(batch_size=5),
-        dict(clip=CENTRE),
-        dict(train=False),
-    ):
-        assert loader(change.pop("sources", [Drawn(6), Drawn(7)]), **change).fingerprint != base
 
 
 # ---------------------------------------------------------------- bad videos
@@ -239,12 +334,13 @@ def test_budget_stops_the_run(painted):
             next(batches)
 
 
-def test_nothing_good_to_take_instead(painted):
+def test_nothing_good_to_take_instead(painted, monkeypatch):
     with pytest.raises(NoReplacement) as error:
         read([Drawn(6, range(6))])
     assert "all 6 tried of the 6" in str(error.value) and "drawn/" in str(error.value)
+    monkeypatch.setattr(pipeline, "_TRIES", 2)
     with pytest.raises(NoReplacement, match="all 3 tried of the 40"):
-        read([Drawn(40, range(40))], tries=2)
+        read([Drawn(40, range(40))])
 
 
 def test_other_errors_are_not_taken_for_bad_videos(monkeypatch):
@@ -291,7 +387,7 @@ def test_evaluation_on_several_processes(painted, processes):
 
 
 def test_time_waited_is_the_consumers(painted):
-    with loader([Drawn(60, seconds=0.02)], batch_size=4, steps=6, prefetch=1) as batches:
+    with loader([Drawn(60, seconds=0.02)], batch_size=4, steps=6) as batches:
         next(batches)
         first = batches.wait_seconds
         assert 0.08 <= first < 2
@@ -308,7 +404,7 @@ def test_prefetch_bounds_what_is_read_ahead(monkeypatch):
         return paint(video, spec, rng)
 
     monkeypatch.setattr(pipeline, "load_clip", count)
-    with loader([Drawn(60)], batch_size=4, steps=50, prefetch=2, threads=2) as batches:
+    with loader([Drawn(60)], batch_size=4, steps=50, threads=2) as batches:
         next(batches)
         time.sleep(0.4)
         # handed out, two ready, one in hand; and four examples in the threads' buffer
@@ -356,7 +452,6 @@ def test_close_is_quick_and_final(painted):
         (dict(rows=[]), "at least one"),
         (dict(seed=-1), "seed=-1"),
         (dict(workers=-1), "workers=-1"),
-        (dict(prefetch=0), "prefetch=0"),
         (dict(weights=[0.0]), "above 0"),
         (dict(steps=2**31), "at most 2\\^32 examples"),
     ],
@@ -370,8 +465,8 @@ def test_shared_memory_is_checked_before_workers_die_of_it(monkeypatch):
     class Full:
         f_bavail, f_frsize = 16, 1 << 20
 
-    monkeypatch.setattr(pipeline.os, "statvfs", lambda path: Full)
-    monkeypatch.setattr(pipeline.os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(os, "statvfs", lambda path: Full)
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
     big = ClipSpec(frames=16, size=224)
     with pytest.raises(SourceError, match="55 MiB for data.workers=4; 16 MiB are free.*--shm-size"):
         loader([Drawn(6)], clip=big, workers=4)
@@ -397,7 +492,8 @@ WORKERS = """
 
     def make(folder, workers, **options):
         options = dict(batch_size=4, seed=1, stage="masked", steps=5) | options
-        return Loader([open_source(folder)], clip=ClipSpec(frames=2, size=16, stride=2), workers=workers, **options)
+        sources = [open_source(folder + "/list.jsonl", split="train", min_seconds=1.0, labelled=True), open_source(folder)]
+        return Loader(sources, [0.4, 0.6], clip=ClipSpec(frames=2, size=16, stride=2), workers=workers, **options)
 
     def equal(folder):
         gc.disable()
@@ -409,13 +505,17 @@ WORKERS = """
         for other in results[1:]:
             for (a, i), (b, j) in zip(results[0], other, strict=True):
                 assert i == j and all(np.array_equal(a[k], b[k]) for k in a)
-        assert any(row["bad"] == "empty" for _, info in results[2] for row in info)
+        rows = [row for _, info in results[2] for row in info]
+        assert any(row["bad"] == "empty" for row in rows)
+        listed = [row["id"] for row in rows if row["source"].endswith("list.jsonl")]
+        assert len(listed) == 8 and set(listed) == {"clip_000.mp4", "clip_005.mp4"}, listed
         time.sleep(0.5)  # Grain frees in a thread
         memory = [o for o in gc.get_objects() if type(o).__name__ == "SharedMemory" and o.buf is not None]
         assert not memory, memory  # nothing waits for the collector
         with make(folder, 2, train=False, batch_size=3, steps=None) as batches:
             valid = np.concatenate([a["valid"] for a, _ in batches])
-        assert valid.tolist() == [True, True, False, True, True, True, True, False, False], valid
+        T, F = True, False
+        assert valid.tolist() == [T, F, T] + [T, T, F, T, T, T, T] + [F, F], valid
 
     def killed(folder):
         import multiprocessing, signal
@@ -449,9 +549,12 @@ WORKERS = """
 
 @pytest.fixture
 def program(tmp_path):
-    """Starts the program above with a folder of seven videos of which one is empty."""
+    """Starts the program above with a folder of seven videos of which one is empty, and a list of six of them."""
     write_videos(tmp_path / "videos", 7)
     (tmp_path / "videos" / "clip_002.mp4").write_bytes(b"")
+    rows = [dict(path=f"clip_00{i}.mp4", split="train", seconds=1.5, label=i) for i in range(6)]
+    rows[1]["split"], rows[3]["seconds"], rows[4]["label"] = "validation", 0.5, -1
+    (tmp_path / "videos" / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     file = tmp_path / "program.py"
     file.write_text(textwrap.dedent(WORKERS))
     started = []
