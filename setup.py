@@ -22,14 +22,12 @@ CORE = [
     "safetensors>=0.6,<1",
     "msgpack>=1.1,<2",
     "av>=18.1,<20",
-    "rich>=14,<16",
 ]
 
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "tensorboard": ["tensorboardX>=2.6.4,<3"],
-    "report": ["matplotlib>=3.10,<4"],
     "torch": ["torch>=2.7,<3", "transformers>=5.0,<6"],
     "test": ["pytest>=8.4,<10", "hypothesis>=6.130,<7", "ruff>=0.12,<1", "tensorboard>=2.19,<3"],
 }

@@ -6,7 +6,9 @@ or, with the dataset made by `python -m invideo_jax.data.synthetic --output=data
 
     python -m invideo_jax.train --config=configs/quickstart.py --workdir=workdir
 
-VideoMAE's objective at a size for a laptop: clips of 16 frames at 64 px, of which the encoder sees 10 %.
+VideoMAE's objective at a size for a laptop: clips of 8 frames (of 16) at 64 px in cubes of 2x8x8 pixels, of which the
+encoder sees a quarter, the ratio VideoMAE uses for its smallest dataset. The optimiser is Muon: on this little training it
+reached with 16,000 clips what AdamW had not with 19,000.
 After the colon: `smoke`, for seconds instead of minutes.
 """
 
@@ -20,19 +22,21 @@ def get_config(arg=None):
     c.model.size = "Mini"
     c.model.scan = False
     stage = c.stages.masked
-    stage.length = "1000 steps"
-    stage.batch_size = 32
-    stage.clip.frames = 16
+    stage.length = "1600 steps"
+    stage.batch_size = 16
+    stage.clip.frames = 8
     stage.clip.size = 64
-    stage.clip.stride = 1
+    stage.clip.stride = 2
     stage.clip.crop = "center"
     stage.clip.flip = 0.0
-    stage.optimizer.learning_rate = 2e-3
+    stage.mask.ratio = 0.75
+    stage.optimizer.name = "muon"
+    stage.optimizer.learning_rate = 1e-2
     stage.optimizer.scale_by_batch = 0
     stage.schedule.warmup = "10%"
-    c.checkpoint.every = "20%"
+    c.checkpoint.every = "25%"
     c.checkpoint.keep_last = 2
     c.evals.reconstruction.every = "25%"
     c.evals.reconstruction.examples = 128
-    c.log.every = "20 steps"
+    c.log.every = "40 steps"
     return common.smoke(c) if words["smoke"] else c

@@ -237,18 +237,18 @@ def rate_multipliers(texts: Sequence[str]) -> list[tuple[str, float]]:
 def schedule(config: ml_collections.ConfigDict, stage: Stage) -> optim.Schedule:
     """Learning rate by the number of updates made in the stage."""
     rates, shape = config.stages[stage.name].optimizer, config.stages[stage.name].schedule
-    scale = stage.batch_size / rates.scale_by_batch if rates.scale_by_batch else 1.0
+    scaled = lambda rate: optim.batch_scaled(rate, stage.batch_size, rates.scale_by_batch)
     at = f"stages.{stage.name}.schedule"
     decay = dict(
         decay_steps=stage.to_steps(shape.decay, name=f"{at}.decay"), decay_shape=shape.decay_shape
     )
     return optim.make_schedule(
         shape.name,
-        peak=rates.learning_rate * scale,
-        end=shape.final * scale,
+        peak=scaled(rates.learning_rate),
+        end=scaled(shape.final),
         steps=stage.steps,
         warmup_steps=stage.to_steps(shape.warmup, name=f"{at}.warmup"),
-        warmup_start=shape.warmup_start * scale,
+        warmup_start=scaled(shape.warmup_start),
         **(decay if shape.name == "wsd" else {}),
     )
 

@@ -12,6 +12,8 @@ import jax
 
 from invideo_jax import build, checks, command_line, metrics, runtime, sharding, stored, train
 from invideo_jax import config as config_lib
+from invideo_jax.checkpoint import Checkpoints
+from invideo_jax.data.bad import BadLedger
 from invideo_jax.errors import UserError
 
 
@@ -22,8 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = pathlib.Path(arguments.workdir)
         if not folder.is_dir():
             raise UserError(f"--workdir must be the folder of a run; there is no {folder}.")
-        which = "ema" if arguments.ema else "params"
-        params, meta = stored.read_params(folder, arguments.step, which)
+        params, meta, which = _parameters(folder, arguments.step, arguments.weights)
         config = config_lib.from_saved(meta["config"])
         for override in overrides:
             config_lib.apply_override(config, override)
@@ -46,20 +47,28 @@ def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, floa
         config: checked.
         params: nested dictionaries of NumPy arrays.
         meta: of the checkpoint they come from.
-        folder: the workdir, for pictures.
+        folder: the workdir; pictures and the list of bad videos go to a folder of their own in it.
     """
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     stages = {s.name: s for s in train.place_stages(config, meta["epoch_examples"])}
     program = build.program(config, stages[meta["stage"]])
-    sources = build.held_out_sources(config, build.train_sources(config)[0])
+    train_sources = [] if config.data.eval else build.train_sources(config)[0]
+    sources = build.held_out_sources(config, train_sources)
     if not sources:
-        raise UserError(
-            "No video is held out in the training data; name some: --config.data.eval=FOLDER"
-        )
+        print("note: no video is held out (data.eval): evaluating on training videos")
+        sources = train_sources
     boxed = jax.eval_shape(program.init_params)
     params = jax.device_put(params, sharding.param_shardings(boxed, mesh))
+    pictures = folder / f"evaluation_{meta['step']:08d}"
+    ledger = BadLedger(pictures / "bad_examples.jsonl", max_share=1.0)
     ready = build.evaluators(
-        config, program, mesh=mesh, sources=sources, folder=folder, on_batch=lambda: None
+        config,
+        program,
+        mesh=mesh,
+        sources=sources,
+        folder=pictures,
+        ledger=ledger,
+        only_due=False,
     )
     with sharding.use(mesh):
         return {
@@ -69,6 +78,16 @@ def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, floa
         }
 
 
+def _parameters(folder: pathlib.Path, step: int | None, which: str | None):
+    """Parameters to judge, the meta of their checkpoint, and which they are."""
+    if which is None:
+        kept = Checkpoints(folder / "checkpoints", trainer=False)
+        newest = kept.latest() if step is None else step
+        leaves = kept.meta(newest)["checkpoint"]["leaves"] if newest is not None else {}
+        which = "ema" if any(name.startswith("ema/") for name in leaves) else "params"
+    return *stored.read_params(folder, step, which), which
+
+
 def _arguments(argv):
     rest, overrides = command_line.split_overrides(argv)
     parser = command_line.Parser(
@@ -76,7 +95,11 @@ def _arguments(argv):
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
-    parser.add_argument("--ema", action="store_true", help="judge the moving average")
+    parser.add_argument(
+        "--weights",
+        choices=("params", "ema"),
+        help="by default the moving average where the run keeps one, as during training",
+    )
     return parser.parse_args(rest), overrides
 
 

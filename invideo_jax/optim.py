@@ -41,14 +41,9 @@ ENCODER_BLOCKS = r"^(.*encoder/)?blocks?([_/]\d+)?(/|$)"
 # --------------------------------------------------------------------------------------- schedules
 
 
-def batch_scaled(rate: float, batch_size: int) -> float:
-    """The learning rate of the papers, rate * batch_size / 256."""
-    return rate * batch_size / REFERENCE_BATCH
-
-
-def epochs_to_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Whole steps in that many epochs, rounded down as the published code does."""
-    return int(epochs * steps_per_epoch)
+def batch_scaled(rate: float, batch_size: int, reference: int = REFERENCE_BATCH) -> float:
+    """The learning rate of the papers, rate * batch_size / reference; `reference` 0 leaves it as it is."""
+    return rate * batch_size / reference if reference else rate
 
 
 def make_schedule(
@@ -61,15 +56,13 @@ def make_schedule(
     end: float = 0.0,
     decay_steps: int | None = None,
     decay_shape: str = "linear",
-    batch_size: int | None = None,
 ) -> Schedule:
     """Learning rate as a function of the step (0 is the first update).
 
     Args:
         name: 'cosine' (warm-up, then half a cosine to `end`), 'wsd' (warm-up, stable, decay) or
             'constant' (warm-up, then `peak`).
-        peak, warmup_start, end: rates. With `batch_size` all three are multiplied by
-            batch_size / 256.
+        peak, warmup_start, end: rates.
         steps: length of the whole schedule; later steps keep the last value.
         warmup_steps: linear from `warmup_start` at step 0 to `peak` at step warmup_steps - 1.
         decay_steps: of 'wsd': length of the decay at the end; default a fifth of `steps`.
@@ -96,8 +89,6 @@ def make_schedule(
             f"steps={steps}, warmup_steps={warmup_steps}, decay_steps={decay_steps}. "
             "Train longer or shorten them."
         )
-    if batch_size is not None:
-        peak, warmup_start, end = (batch_scaled(r, batch_size) for r in (peak, warmup_start, end))
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step).astype(jnp.float32)

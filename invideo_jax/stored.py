@@ -316,6 +316,8 @@ def read_arrays(
     try:
         stored = read_meta(folder)["checkpoint"]["leaves"]
         rows = {n: row for n, row in stored.items() if n.startswith(under)}
+        if not rows:
+            return {}
         as_numpy = lambda row: np.broadcast_to(np.zeros((), jnp.dtype(row[1])), row[0])
         arrays = read_onto(folder, {n: as_numpy(row) for n, row in rows.items()})
         arrays = {n: np.asarray(x) for n, x in arrays.items() if n in rows}

@@ -10,9 +10,9 @@ ensure_environment() {
     echo "Install one and name it: PYTHON=/path/to/python3.11 bash $0" >&2
     exit 2
   fi
-  if [ ! -x "$VENV_PYTHON" ]; then
+  if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then  # absent, or its making was interrupted
     echo "Making the virtual environment .venv ..."
-    if ! "$base" -m venv .venv; then
+    if ! "$base" -m venv --clear .venv; then
       echo "Python's venv module failed (on Debian or Ubuntu: apt install python3-venv)." >&2
       exit 2
     fi

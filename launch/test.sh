@@ -7,11 +7,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/_python.sh
 
-extras=test,report,tensorboard
+extras=test,tensorboard
 arguments=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --torch) extras=test,report,tensorboard,torch ;;
+    --torch) extras=test,tensorboard,torch ;;
     --slow) arguments+=(-m "slow or not slow") ;;
     *) arguments+=("$1") ;;
   esac
@@ -20,4 +20,4 @@ done
 ensure_environment "$extras"
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
-exec "$VENV_PYTHON" -m pytest "${arguments[@]}"
+exec "$VENV_PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}

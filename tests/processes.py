@@ -19,6 +19,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def default_signals() -> None:
+    """In the child: what a terminal would give it, also where the tests themselves run under nohup or in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Run:
     """One process; its output goes to a file, so that nothing blocks on a full pipe."""
 
@@ -37,6 +43,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=default_signals,
             )
 
     @property

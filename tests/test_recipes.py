@@ -71,6 +71,57 @@ def test_full_size_recipes_have_the_published_parameters(size, published):
     assert sum(x.size for x in jax.tree.leaves(shapes)) == published
 
 
+# recipe -> batch, epochs, warm-up epochs, peak rate, final rate, mask ratio, stride, decoder depth and width.
+# Sources: scripts of MCG-NJU/VideoMAE and of OpenGVLab/InternVideo; rates are base * batch / 256.
+PUBLISHED = {
+    "s": (1024, 1601, 40, 6e-4, 4e-5, 0.9, 4, 4, 192),
+    "s:ssv2": (2048, 2401, 40, 1.2e-3, 8e-5, 0.9, 2, 4, 192),
+    "b": (2048, 1601, 40, 1.2e-3, 8e-5, 0.9, 4, 4, 384),
+    "b:ssv2": (2048, 2401, 40, 1.2e-3, 8e-5, 0.9, 2, 4, 384),
+    "b:ucf101": (192, 3201, 40, 2.25e-4, 7.5e-6, 0.75, 4, 4, 384),
+    "b:hybrid": (2048, 801, 40, 1.2e-3, 8e-5, 0.9, 4, 4, 384),
+    "l": (512, 1601, 40, 3e-4, 2e-5, 0.9, 4, 12, 512),
+    "l:hybrid": (1152, 801, 40, 6.75e-4, 4.5e-5, 0.9, 4, 12, 512),
+    "h": (1024, 1601, 40, 6e-4, 4e-5, 0.9, 4, 12, 640),
+    # 64 GPUs * 6 videos * 4 clips; the script's rate counts the videos: 1e-3 * 384 / 256.
+    "h:hybrid": (1536, 4 * 301, 4 * 15, 1.5e-3, 7.5e-5, 0.9, 4, 8, 512),
+    "g": (1024, 1601, 40, 6e-4, 4e-5, 0.9, 4, 4, 512),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_published_settings(recipe):
+    size, _, word = recipe.partition(":")
+    config = load(f"configs/internvideo1/mae_vit_{size}.py", word).config
+    videos = 240_000
+    stage = train.place_stages(config, epoch_examples=videos)[0]
+    batch, epochs, warmup, peak, final, ratio, stride, depth, width = PUBLISHED[recipe]
+    options, model = config.stages.masked, build.model(config, "masked")
+    rate, warm_steps = build.schedule(config, stage), int(warmup * videos / batch)
+    assert (stage.batch_size, stage.steps) == (batch, int(epochs * videos / batch))
+    assert float(rate(warm_steps)) == pytest.approx(peak, rel=1e-5)
+    assert float(rate(warm_steps // 2)) == pytest.approx(peak / 2, rel=1e-2)
+    assert float(rate(stage.steps - 1)) == pytest.approx(final, rel=1e-3)
+    assert (options.mask.name, options.mask.ratio) == ("tube", ratio)
+    assert (options.clip.frames, options.clip.size, options.clip.stride) == (16, 224, stride)
+    assert (options.clip.sampling, options.clip.crop, options.clip.flip) == (
+        "dense",
+        "multi_scale",
+        0,
+    )
+    assert (model.decoder_depth, model.decoder_width, model.tubelet) == (depth, width, 2)
+    o = options.optimizer
+    assert (o.name, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (
+        "adamw",
+        0.9,
+        0.95,
+        1e-8,
+        0.05,
+        0,
+    )
+    assert options.target.normalise and options.normalisation == "imagenet"
+
+
 def test_published_schedule_of_vit_b():
     """1601 epochs of 240,000 videos in batches of 2048; rate 1.5e-4 * 2048 / 256."""
     config = load("configs/internvideo1/mae_vit_b.py", "").config

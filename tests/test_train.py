@@ -1,6 +1,7 @@
 """The train loop itself: stages one after the other, no recompilation, stop on bad numbers, bad videos."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 from data.video_files import write
 
-from invideo_jax import metrics, runtime, stored, train
+from invideo_jax import checkpoint, evaluate, metrics, runtime, stored, train
 
 RECIPE = '''"""Two short stages of the smoke recipe."""
 
@@ -153,3 +154,118 @@ def test_explain_names_lines_and_places(run, tmp_path, capsys):
     assert "mesh: data=4, fsdp=2, tensor=1, sequence=1 (8 devices)" in text
     assert "encoder/blocks/" in text and "layers, embed, heads" in text
     assert not (tmp_path / "w").exists()
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """Options that make the two stages evaluate often, in two batches, and where to keep the whole run."""
+    return [
+        "--config.evals.reconstruction.every=3",
+        "--config.evals.reconstruction.examples=13",
+        "--config.stages.masked.length=6",
+        "--config.checkpoint.every=4",
+    ]
+
+
+# Polls in order: before each step's evaluations, before each evaluation batch. Step 3 has polls 3 to 5, step
+# 6 (the stage's last) 8 to 10, the second stage's step 3 (of 4) 13 to 15.
+@pytest.mark.parametrize("poll", [1, 3, 4, 5, 8, 9, 10, 11, 14, 16])
+def test_stopped_at_any_poll_ends_the_same(run, evaluated, tmp_path, monkeypatch, poll):
+    """A preemption notice anywhere, in evaluations and at the stage boundary too: bitwise the same end."""
+    assert run(tmp_path / "whole", *evaluated) == 0
+    polls = iter(range(1, 10**6))
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "preempted", lambda: next(polls) >= poll)
+        assert run(tmp_path / "cut", *evaluated) == runtime.RESTART
+    assert run(tmp_path / "cut", *evaluated) == 0
+    one, other = leaves(tmp_path / "whole", 10), leaves(tmp_path / "cut", 10)
+    assert all(np.array_equal(one[k], other[k]) for k in one)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_a_failed_save_is_tried_again(run, tmp_path, monkeypatch, capsys):
+    """A full disk at one save costs nothing: an alarm, and the run goes on to its end."""
+    real, failures = checkpoint.ocp.save_checkpointables_async, iter([OSError(28, "No space left")])
+
+    def failing(*args, **kwargs):
+        for error in failures:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", failing)
+    monkeypatch.setattr(checkpoint.Checkpoints, "retry_due", lambda self: self._failure is not None)
+    assert run(tmp_path / "w", "--config.checkpoint.every=4") == 0
+    assert "ALARM: step 4 could not be saved" in capsys.readouterr().out
+    assert {5, 6, 10} <= set(checkpoint.Checkpoints(tmp_path / "w" / "checkpoints").steps())
+
+
+def test_damaged_meta_of_the_newest_step_falls_back(run, tmp_path, capsys):
+    """The older step belongs to the stage before: its own state is built for it."""
+    folder = tmp_path / "w"
+    assert run(folder) == 0
+    end = leaves(folder, 10)
+    file = folder / "checkpoints" / "10" / "meta" / "data.json"
+    file.write_bytes(file.read_bytes()[:-20])
+    assert run(folder) == 0
+    assert "step 10 is damaged" in capsys.readouterr().out
+    assert (folder / "checkpoints" / "10.corrupt").is_dir()
+    assert all(np.array_equal(end[k], x) for k, x in leaves(folder, 10).items())
+
+
+def test_best_checkpoint_is_saved_when_it_is_rated(run, evaluated, tmp_path):
+    words = ["--config.checkpoint.keep_last=1", "--config.checkpoint.keep_best=2"]
+    assert run(tmp_path / "w", *evaluated, *words, "--config.stage_order=masked") == 0
+    kept = checkpoint.Checkpoints(tmp_path / "w" / "checkpoints", trainer=False)
+    rated = {
+        r["step"]: r["eval/reconstruction/loss"]
+        for r in lines(tmp_path / "w")
+        if "eval/reconstruction/loss" in r
+    }
+    assert set(rated) == {3, 6} == set(kept.steps())
+    assert {s: kept.meta(s)["checkpoint"]["metric"] for s in rated} == rated
+
+
+def test_held_out_clips_do_not_depend_on_batch_or_mesh(run, videos, tmp_path):
+    """13 of 16 clips, in batches of 8 and of 16, on 8 devices and on 2 x 4."""
+    found = []
+    for number, words in enumerate(
+        ([], ["--config.stages.masked.batch_size=16"], ["--config.mesh.tensor=2"])
+    ):
+        words = [*words, "--config.stage_order=masked", "--config.evals.reconstruction.examples=13"]
+        words += ["--config.stages.masked.length=1", "--config.stages.masked.schedule.warmup=0"]
+        words += [
+            "--config.evals.reconstruction.every=1",
+            "--config.stages.masked.optimizer.learning_rate=1e-30",
+        ]
+        words += ["--config.stages.masked.schedule.final=0"]
+        assert run(tmp_path / str(number), *words) == 0
+        found.append([r for r in lines(tmp_path / str(number)) if "eval/reconstruction/loss" in r])
+    key = "eval/reconstruction/loss"
+    assert [f[0][key] for f in found] == pytest.approx([found[0][0][key]] * 3, rel=1e-4)
+
+
+def test_evaluate_gives_the_last_evaluation_of_the_run(run, evaluated, tmp_path, capsys, videos):
+    folder = tmp_path / "w"
+    assert run(folder, *evaluated, "--config.stage_order=masked") == 0
+    last = [r for r in lines(folder) if "eval/reconstruction/loss" in r][-1]
+    before = sorted((folder / "reconstructions").iterdir())
+    assert evaluate.main([f"--workdir={folder}", "--config.evals.reconstruction.every=0"]) == 0
+    said = json.loads((folder / "evaluation_00000006.json").read_text())
+    assert said["reconstruction/loss"] == pytest.approx(last["eval/reconstruction/loss"], rel=1e-6)
+    assert sorted((folder / "reconstructions").iterdir()) == before
+
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(videos / "03.mp4", other / "a.mp4")
+    assert evaluate.main([f"--workdir={folder}", f"--config.data.eval={other}"]) == 0
+    alone = json.loads((folder / "evaluation_00000006.json").read_text())
+    assert alone["reconstruction/loss"] != said["reconstruction/loss"]
+    for words, message in [
+        ([f"--workdir={tmp_path}/none"], "there is no"),
+        ([f"--workdir={folder}", "--step=5"], "no such step|missing"),
+        ([f"--workdir={folder}", "--weights=ema"], "ema"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main(words)
+        assert ended.value.code in (2, 74)
+        assert re.search(message, capsys.readouterr().err)

@@ -34,7 +34,7 @@ _Row = VideoMAESize
 # g: VideoMAE V2 (arXiv:2303.16727). Micro, Mini and Ti are this project's own, for CPUs.
 VIDEO_MAE: dict[str, VideoMAESize] = {
     "Micro": _Row(32, 2, 2, 128, 16, 1, 2, 64, patch=8),
-    "Mini": _Row(96, 4, 3, 384, 48, 2, 3, 192),
+    "Mini": _Row(128, 4, 4, 512, 64, 2, 2, 256, patch=8),
     "Ti": _Row(192, 12, 3, 768, 96, 4, 3, 384),
     "S": _Row(384, 12, 6, 1536, 192, 4, 3, 768, 16, 21_879_936, 24_029_376),
     "B": _Row(768, 12, 12, 3072, 384, 4, 6, 1536, 16, 86_227_200, 94_210_944),

@@ -95,12 +95,15 @@ class VideoMAE(nn.Module):
             layer_scale=self.layer_scale,
             dtype=self.dtype,
         )
-        bound = self.patch_pixels**-0.5  # the published convolution keeps PyTorch's default init
-        uniform = lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-            key, shape, dtype, -bound, bound
+        # The published convolution keeps PyTorch's default init, uniform within 1 / sqrt(inputs).
+        uniform = lambda bound: (
+            lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+                key, shape, dtype, -bound, bound
+            )
         )
+        patch_init = uniform(self.patch_pixels**-0.5)
         self.patch_embed = linear(
-            self.width, ("patch", "embed"), kernel_init=uniform, bias_init=uniform
+            self.width, ("patch", "embed"), kernel_init=patch_init, bias_init=patch_init
         )
         self.encoder = Stack(
             functools.partial(block, self.heads, self.mlp_width),
@@ -111,7 +114,11 @@ class VideoMAE(nn.Module):
         )
         if self.encoder_norm:
             self.norm = LayerNorm(self.eps, self.dtype)
-        self.encoder_to_decoder = linear(self.decoder_width, ("embed", None), bias_axis=None)
+        # As the patch projection this one lies outside the published Xavier initialisation.
+        bridge = uniform(self.width**-0.5)
+        self.encoder_to_decoder = linear(
+            self.decoder_width, ("embed", None), bias_axis=None, kernel_init=bridge
+        )
         # Normal, standard deviation 0.02, cut at one standard deviation.
         token = lambda key, shape: 0.02 * jax.random.truncated_normal(key, -1, 1, shape)
         self.mask_token = self.param("mask_token", named(token, "norm"), (self.decoder_width,))

@@ -25,7 +25,7 @@ class Workdir:
             ...'); {} when absent.
         environment: `environment.json`: versions, devices, code; {} when absent.
         parameters: `parameters.txt`, the table of parameters; None when absent.
-        bad_examples: rows of `bad_examples.jsonl`; [] when absent.
+        bad_examples: rows of `bad_examples.jsonl`, and of the other processes' lists; [] when absent.
         clips: newest file of `reconstructions/`: arrays by name, uint8 [n, T, H, W, 3]; {} when none.
         clips_step: the step that they were made at.
     """
@@ -96,7 +96,9 @@ def read(path: str | os.PathLike) -> Workdir:
         config_sources=_json(path / "config_sources.json"),
         environment=_json(path / "environment.json"),
         parameters=_text(path / "parameters.txt"),
-        bad_examples=_rows(path / "bad_examples.jsonl"),
+        bad_examples=[
+            row for file in sorted(path.glob("bad_examples*.jsonl")) for row in _rows(file)
+        ],
         clips=clips,
         clips_step=clips_step,
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core
 
 
@@ -170,8 +169,3 @@ def device_peak_flops(device: Any | None = None) -> float | None:
 def _has_words(words: list[str], wanted: list[str]) -> bool:
     starts = range(len(words) - len(wanted) + 1)
     return any(words[i : i + len(wanted)] == wanted for i in starts)
-
-
-def utilisation(flops_per_second: float, devices: int, peak: float | None) -> float:
-    """Model FLOP utilisation in [0, 1]; NaN where the peak is unknown."""
-    return float(np.nan) if peak is None else flops_per_second / (devices * peak)

@@ -269,6 +269,7 @@ def test_initial_values_are_as_published():
     limit(blocks["attention"]["out"]["kernel"], (6 / (2 * 192)) ** 0.5)
     limit(blocks["mlp"]["up"]["kernel"], (6 / (192 + 768)) ** 0.5)
     limit(params["patch_embed"]["kernel"], (2 * 16 * 16 * 3) ** -0.5)
+    limit(params["encoder_to_decoder"]["kernel"], 192**-0.5)
     assert not np.allclose(blocks["mlp"]["up"]["kernel"][0], blocks["mlp"]["up"]["kernel"][1])
     assert np.abs(params["mask_token"]).max() <= 0.02 and np.std(params["mask_token"]) > 0.005
     assert (np.asarray(blocks["attention"]["query"]["bias"]) == 0).all()
