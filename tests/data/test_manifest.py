@@ -39,6 +39,7 @@ OBJECTS = [
         ("m.tsv", HEADED.replace(",", "\t").replace("one\t two", "one, two")),
         ("m.csv", HEADED.replace(",", ";").replace("one; two", "one, two")),
         ("m.csv", HEADED.replace("path,", "Video,").replace("a.mp4", "\na.mp4")),
+        ("m.csv", HEADED.replace("a.mp4,", " a.mp4 ,").replace("b c.mp4,", "b c.mp4  ,")),
         ("m.jsonl", "\n".join(map(json.dumps, OBJECTS)) + "\n\n"),
         ("m.json", json.dumps(OBJECTS)),
         ("m.json", json.dumps({"version": 1, "annotations": OBJECTS})),

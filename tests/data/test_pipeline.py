@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import video_files as files
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from small_videos import write_video, write_videos
 
@@ -177,7 +177,10 @@ def manifests(draw):
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would take minutes
 )
 @given(manifests=manifests(), seed=st.integers(0, 9), data=st.data())
 def test_mixed_and_filtered_lists_on_any_number_of_processes(painted, lists, manifests, seed, data):
