@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from invideo_jax import build, checks, command_line, metrics, runtime, sharding, stored, train
+from invideo_jax import build, checks, command_line, metrics, run, runtime, sharding, stored
 from invideo_jax import config as config_lib
 from invideo_jax.checkpoint import Checkpoints
 from invideo_jax.data.bad import BadLedger
@@ -50,7 +50,7 @@ def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, floa
         folder: the workdir; pictures and the list of bad videos go to a folder of their own in it.
     """
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    stages = {s.name: s for s in train.place_stages(config, meta["epoch_examples"])}
+    stages = {s.name: s for s in run.place_stages(config, meta["epoch_examples"])}
     program = build.program(config, stages[meta["stage"]])
     train_sources = [] if config.data.eval else build.train_sources(config)[0]
     sources = build.held_out_sources(config, train_sources)
