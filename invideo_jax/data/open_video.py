@@ -14,7 +14,8 @@ import time
 
 import av
 
-av.logging.set_level(None)  # FFmpeg's own lines about damaged files; `BadVideo` says what matters
+# No lines of FFmpeg's own about damaged files: `BadVideo` says what matters. (PyAV 18 starts so.)
+av.logging.set_level(None)
 
 REASONS = {
     "missing": "no such file",
