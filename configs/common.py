@@ -125,7 +125,7 @@ def base() -> ml_collections.ConfigDict:
     # with weights: 'first,0.7;second,0.3'.
     c.data.train = ""
     c.data.eval = ""  # like train; empty: the rows of `train` whose split is `eval_split`
-    c.data.train_split = "train"  # rows without a split belong to this one
+    c.data.train_split = "train"  # a source without any split serves whole
     c.data.eval_split = "validation"
     c.data.roots = ()  # further folders that a manifest may name files in
     c.data.workers = 0  # decoding processes; 0 decodes in threads of the training process
@@ -136,7 +136,7 @@ def base() -> ml_collections.ConfigDict:
     c.data.bad_count = 20  # ... and at least so many are
     c.data.max_megapixels = 10.0
     c.data.max_hours = 6.0
-    c.data.decode_seconds = 20.0  # for one clip
+    c.data.decode_seconds = 20.0  # of CPU time, for one clip
 
     c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))  # -1: the rest
 

@@ -207,6 +207,8 @@ class Trainer(Run):
         stage = self.program.stage
         for window in windows:
             perf = self.progress.update(window, self.clock.lap(), step=window.step - stage.first)
+            perf |= {"perf/videos_bad": self.ledger.count}
+            perf |= {f"perf/videos_{what}": n for what, n in self.ledger.notes.items()}
             named = {f"{stage.name}/{name}": value for name, value in window.values.items()}
             self.writer.write_scalars(window.step, named | perf)
 
