@@ -1,6 +1,6 @@
 """How long a train step waits for data: the real loop on real mp4 files, with 0, 1 and 2 decoding workers.
 
-    python tests/benchmarks/bench_data_wait.py [--steps=60]
+    python tests/benchmarks/bench_data_wait.py [--steps=60] [--only=ViT-S]
 
 Trains the quickstart's model on generated 64 px videos, and ViT-S at 112 px on 320 px videos, each in its own
 process; prints the share of the training time that the loop waited for the next batch (target: below 2 % with two
@@ -35,6 +35,8 @@ SETTINGS = {
             "--config.stages.masked.clip.stride=4",
             "--config.stages.masked.clip.crop=multi_scale",
             "--config.stages.masked.batch_size=8",
+            "--config.stages.masked.optimizer.name=adamw",
+            "--config.stages.masked.optimizer.learning_rate=1e-3",
         ],
     ),
 }
@@ -56,17 +58,20 @@ def measure(folder: pathlib.Path, videos: pathlib.Path, workers: int, steps: int
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60)
-    steps = parser.parse_args().steps
+    parser.add_argument("--only", default="", help="settings whose name holds this")
+    options = parser.parse_args()
+    steps = options.steps
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
-        for number, (name, (size, frames, options)) in enumerate(SETTINGS.items()):
+        chosen = {name: s for name, s in SETTINGS.items() if options.only in name}
+        for number, (name, (size, frames, overrides)) in enumerate(chosen.items()):
             videos = scratch / f"videos{number}"
             videos.mkdir()
             for i in range(48):
                 write(str(videos / f"{i:02d}.mp4"), frames=frames, size=size)
             for workers in (0, 1, 2):
                 folder = scratch / f"run{number}-{workers}"
-                share, rate = measure(folder, videos, workers, steps, options)
+                share, rate = measure(folder, videos, workers, steps, overrides)
                 print(
                     f"{name}: {workers} workers: waits {share:6.2%}, {rate:7.1f} clips/s",
                     flush=True,
