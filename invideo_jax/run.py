@@ -241,8 +241,10 @@ class Run:
         videos = " + ".join(f"{len(s):,} videos of {s.name}" for s in self.sources)
         held_out = sum(map(len, self.held_out))
         self.say(f"{videos}; {held_out:,} held out" if held_out else f"{videos}; none held out")
-        for note in (note for source in (*self.sources, *self.held_out) for note in source.notes):
-            self.say(f"note: {note}")
+        for source in (*self.sources, *self.held_out):
+            for note in source.notes:
+                if "left out: split" not in note:  # rows of other splits are no news
+                    self.say(f"note: {note}")
         for train in self.sources:
             for other in self.held_out:
                 if shared := count_overlap(train, other):

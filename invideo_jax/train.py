@@ -250,7 +250,7 @@ class Trainer(Run):
             named = {f"eval/{name}/{key}": value for key, value in found.items()}
             self.writer.write_scalars(self.step, named)
             shown = "  ".join(f"{key} {value:.4g}" for key, value in sorted(found.items()))
-            self.progress.say(f"{name} of held-out clips at step {self.step}:  {shown}")
+            self.progress.say(f"evaluation, {name} at step {self.step}:  {shown}")
             del self.pending[0]
         return True
 
