@@ -69,6 +69,12 @@ def explain_recipe(recipe: config_lib.Recipe) -> int:
             f"\nStage {stage.name}: {config.stages[stage.name].length}, {stage.batch_size} clips a step"
         )
         print(explain.table(boxed, state, mesh))
+        rows = [("parameter", "updated by", "weight decay", "factor on the rate")]
+        for leaf in program.optimizer_table:
+            factors = leaf.rate if isinstance(leaf.rate, tuple) else (leaf.rate,)
+            shown = ", ".join(f"{factor:g}" for factor in dict.fromkeys(factors))
+            rows.append((leaf.path, leaf.rule, f"{leaf.weight_decay:g}", shown))
+        print(f"\n{explain.columns(rows)}")
     return runtime.FINISHED
 
 
