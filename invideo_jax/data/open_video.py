@@ -45,6 +45,9 @@ REASONS = {
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,mxf,nut,h264,hevc"
 _MAGIC = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"0&\xb2u", b"DKIF")
 
+# Titles in any encoding must not stop a video. PyAV 19 has no such argument; PyAV 18 is the last for Python 3.11.
+_ANY_TITLES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
 
 class BadVideo(Exception):
     """A video that cannot be used, and why.
@@ -154,7 +157,7 @@ def open_container(
     try:
         container = av.open(
             target,
-            metadata_errors="replace",  # titles in any encoding must not stop the video
+            **_ANY_TITLES,
             options={"max_pixels": _decoder_limit(limits)},
             container_options={"protocol_whitelist": "file", "format_whitelist": FORMATS},
         )
