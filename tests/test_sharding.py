@@ -88,8 +88,10 @@ def test_constrain_reaches_the_lowered_program_and_places_the_result():
 
 def test_constrain_allows_token_counts_that_do_not_divide():
     x = jnp.arange(4 * 10.0).reshape(4, 10)
-    with sharding.use(sharding.make_mesh(data=2, sequence=4)):
-        y = jax.jit(lambda x: sharding.constrain(x + 1, "batch", "tokens"))(x)
+    mesh = sharding.make_mesh(data=2, sequence=4)
+    step = lambda x: sharding.constrain(x + 1, "batch", "tokens")
+    with sharding.use(mesh):  # inside a step; an array that leaves it must divide, as parameters do
+        y = jax.jit(step, out_shardings=sharding.replicated(mesh))(x)
     np.testing.assert_array_equal(y, np.asarray(x) + 1)
 
 
@@ -221,7 +223,7 @@ def test_parameters_without_names_or_with_too_few_are_refused():
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1)])
-def test_init_gives_the_same_bits_on_every_mesh_and_is_never_whole(sizes):
+def test_init_gives_the_same_values_on_every_mesh_and_is_never_whole(sizes):
     names = dict(zip(sharding.MESH_AXES, sizes))
     mesh = sharding.make_mesh(**names)
     got = sharding.create_sharded_state(init_params, make_state, mesh)
