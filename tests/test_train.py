@@ -173,7 +173,10 @@ def evaluated():
 
 # Polls in order: before each step's evaluations, before each evaluation batch. Step 3 has polls 3 to 5, step
 # 6 (the stage's last) 8 to 10, the second stage's step 3 (of 4) 13 to 15.
-@pytest.mark.parametrize("poll", [1, 3, 4, 5, 8, 9, 10, 11, 14, 16])
+POLLS = [4, 8, 10, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 5, 9, 14, 16))]
+
+
+@pytest.mark.parametrize("poll", POLLS)
 def test_stopped_at_any_poll_ends_the_same(run, evaluated, tmp_path, monkeypatch, poll):
     """A preemption notice anywhere, in evaluations and at the stage boundary too: bitwise the same end."""
     assert run(tmp_path / "whole", *evaluated) == 0
