@@ -21,6 +21,7 @@ import faulthandler
 import hashlib
 import os
 import platform
+import re
 import secrets
 import signal
 import socket
@@ -178,6 +179,13 @@ def _address(coordinator_address, num_processes, process_id) -> dict:
     return arguments
 
 
+def _several_cpu_devices() -> bool:
+    """Whether this process was asked for more than one (fake) CPU device."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    return int(asked[-1] if asked else jax.config.jax_num_cpu_devices) > 1
+
+
 def start(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
@@ -207,6 +215,10 @@ def start(
     """
     sys.excepthook = _uncaught
     threading.excepthook = lambda a: _uncaught(a.exc_type, a.exc_value, a.exc_traceback)
+    if _several_cpu_devices():
+        # Programs in flight at the same time starve each other of the threads that collectives wait in: seen to hang
+        # with 8 devices on 2 cores.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     limits = dict(
         heartbeat_timeout_seconds=heartbeat_seconds,
         shutdown_timeout_seconds=shutdown_seconds,

@@ -10,7 +10,11 @@ if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# Programs in flight at the same time can starve each other of the threads that collectives wait in, and hang.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
