@@ -1,5 +1,6 @@
 """A run's folder: one writer at a time, writable, with space enough."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -141,16 +142,15 @@ class Lock:
         self._remove(first)
 
     def _remove(self, dead: dict) -> None:
-        """Takes a dead lock away; if another process was faster and this is its new lock, gives it back."""
-        aside = self.path.with_name(f"lock.{self._mine['token']}.dead")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        if aside.read_text() and json.loads(aside.read_text()).get("token") != dead.get("token"):
-            os.link(aside, self.path)
-        aside.unlink()
-        if dead:
+        """Takes a dead lock away, unless another process was faster and this is its new lock."""
+        guard = self.path.with_name("lock.takeover")
+        with open(guard, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # looking and removing must be one step
+            still_dead = self._read().get("token") == dead.get("token")
+            if still_dead:
+                self.path.unlink(missing_ok=True)
+            guard.unlink(missing_ok=True)
+        if dead and still_dead:
             print(
                 f"workdir: took over the lock of a dead run ({dead.get('host')}, {dead.get('pid')})"
             )

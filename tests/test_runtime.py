@@ -347,13 +347,13 @@ def test_only_one_of_many_gets_a_dead_lock(tmp_path):
         try:
             with lock:
                 got.append(lock)
-                done.wait(5)
+                done.wait(30)
         except runtime.RunError as error:
             refused.append(error)
 
     threads = [threading.Thread(target=enter, args=(workdir.Lock(tmp_path),)) for _ in range(8)]
     [t.start() for t in threads]
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 25
     while len(got) + len(refused) < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
     done.set()
