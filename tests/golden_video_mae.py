@@ -197,3 +197,9 @@ def run_hf(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outc
     tensors = {"out/logits": logits, "loss/loss": loss}
     tensors |= {f"grad/{k}": v for k, v in back(grad).items()}
     return Outcome(tensors, back(params))
+
+
+FAMILIES = [
+    (lambda meta, tensors: "encoder_embed_dim" in meta.get("config", {}), run_original),
+    (lambda meta, tensors: "decoder_hidden_size" in meta.get("config", {}), run_hf),
+]
