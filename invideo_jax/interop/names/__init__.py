@@ -1,0 +1,22 @@
+"""Parameter path <-> PyTorch key: data only, used in both directions.
+
+A layout is a list of rows in the order of the published state dict; each family of models is one file.
+"""
+
+from invideo_jax.errors import UserError
+from invideo_jax.interop.names import videomae
+from invideo_jax.interop.names.rows import Layout, Row
+from invideo_jax.registry import nearest
+
+__all__ = ["LAYOUTS", "Layout", "Row", "get"]
+
+LAYOUTS: dict[str, Layout] = {
+    **videomae.LAYOUTS,
+}
+
+
+def get(name: str) -> Layout:
+    """The layout called `name`; UserError for an unknown one."""
+    if name not in LAYOUTS:
+        raise UserError(f"The layout must be known; got layout={name!r}.{nearest(name, LAYOUTS)}")
+    return LAYOUTS[name]
