@@ -22,6 +22,7 @@ Initializer = Callable[..., jax.Array]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # of CLIP
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
@@ -211,6 +212,7 @@ class Stack(nn.Module):
             unrolled (faster on CPU). Values and gradients are the same.
         remat: a key of `REMAT`.
         drop_path: rate of the last block; block i has i / (depth - 1) of it.
+        draws: blocks take random keys for more than drop path.
     """
 
     block: Callable[..., nn.Module]
@@ -218,15 +220,21 @@ class Stack(nn.Module):
     scan: bool = False
     remat: str = "none"
     drop_path: float = 0.0
+    draws: bool = False
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, keys: jax.Array | None = None, features: Sequence[int] = ()
+        self,
+        x: jax.Array,
+        *context: jax.Array | None,
+        keys: jax.Array | None = None,
+        features: Sequence[int] = (),
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Runs the blocks.
 
         Args:
             x: [B, N, D].
+            context: what every block is given besides x, [B, ...]: masks, tokens of another stack.
             keys: [B] random keys for drop path, None when evaluating.
             features: blocks whose outputs are wanted; negative ones count from the end.
 
@@ -235,14 +243,16 @@ class Stack(nn.Module):
         """
         wanted = [_block_index(i, self.depth) for i in features]
         block = self.block(parent=None)
-        params = self.param("blocks", functools.partial(_init_stacked, block, self.depth), x.shape)
+        params = self.param(
+            "blocks", functools.partial(_init_stacked, block, self.depth), x, context
+        )
         rates = np.linspace(0.0, self.drop_path, self.depth, dtype=np.float32)
-        keys = keys if self.drop_path else None
+        keys = keys if self.drop_path or self.draws else None
 
         def body(x, layer):
             params, rate, index = layer
             own = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
-            return block.apply({"params": params}, x, own, rate)
+            return block.apply({"params": params}, x, own, rate, *context)
 
         body = _rematerialised(body, self.remat, scan=self.scan)
         if self.scan:
@@ -265,10 +275,15 @@ def _block_index(index: int, depth: int) -> int:
     return index % depth
 
 
-def _init_stacked(block: nn.Module, depth: int, key: jax.Array, shape: tuple[int, ...]) -> PyTree:
-    # Parameters do not depend on the numbers of examples and tokens: one of each is enough.
-    one = jnp.zeros((1, 1, shape[-1]))
-    stacked = jax.vmap(lambda k: block.init(k, one)["params"])(jax.random.split(key, depth))
+def _init_stacked(
+    block: nn.Module, depth: int, key: jax.Array, x: jax.Array, context: Sequence[Any]
+) -> PyTree:
+    # Parameters do not depend on the numbers of examples and tokens: one of each is enough, but
+    # for a context, whose masks must fit the tokens.
+    one = jnp.zeros_like(x[:1] if context else x[:1, :1], jnp.float32)
+    context = jax.tree.map(lambda c: c[:1], tuple(context))
+    initial = lambda k: block.init(k, one, None, 0.0, *context)["params"]
+    stacked = jax.vmap(initial)(jax.random.split(key, depth))
     is_box = lambda x: isinstance(x, meta.AxisMetadata)
     add = lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"})
     return jax.tree.map(add, stacked, is_leaf=is_box)
