@@ -229,6 +229,7 @@ class Stack(nn.Module):
         *context: jax.Array | None,
         keys: jax.Array | None = None,
         features: Sequence[int] = (),
+        span: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Runs the blocks.
 
@@ -237,6 +238,7 @@ class Stack(nn.Module):
             context: what every block is given besides x, [B, ...]: masks, tokens of another stack.
             keys: [B] random keys for drop path, None when evaluating.
             features: blocks whose outputs are wanted; negative ones count from the end.
+            span: run blocks span[0] .. span[1] - 1 only (something happens in between). None: all.
 
         Returns:
             The last block's output, and {'block<i>': [B, N, D]} for the blocks asked for.
@@ -248,6 +250,9 @@ class Stack(nn.Module):
         )
         rates = np.linspace(0.0, self.drop_path, self.depth, dtype=np.float32)
         keys = keys if self.drop_path or self.draws else None
+        first, last = span or (0, self.depth)
+        if span is not None:
+            params = jax.tree.map(lambda p: p[first:last], params)
 
         def body(x, layer):
             params, rate, index = layer
@@ -257,13 +262,13 @@ class Stack(nn.Module):
         body = _rematerialised(body, self.remat, scan=self.scan)
         if self.scan:
             step = lambda x, layer: (lambda y: (y, y if wanted else None))(body(x, layer))
-            x, outputs = jax.lax.scan(step, x, (params, rates, np.arange(self.depth)))
+            x, outputs = jax.lax.scan(step, x, (params, rates[first:last], np.arange(first, last)))
         else:
             outputs = []
-            for i, layer in enumerate(_unstack(params, self.depth)):
+            for i, layer in enumerate(_unstack(params, last - first), start=first):
                 x = body(x, (layer, rates[i], i))
                 outputs.append(x)
-        return x, {f"block{i}": outputs[i] for i in wanted}
+        return x, {f"block{i}": outputs[i - first] for i in wanted}
 
 
 def _block_index(index: int, depth: int) -> int:
