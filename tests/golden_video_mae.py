@@ -90,7 +90,7 @@ def original_model(meta: Mapping[str, Any], frames: int) -> video_mae.VideoMAE:
     ratio = config.get("mlp_ratio", 4.0)
     said = re.search(r"eps\s+([0-9.]+e-?[0-9]+)", meta.get("what", ""))
     eps = float(said.group(1)) if said else 1e-6
-    return video_mae.VideoMAE(
+    return video_mae.make(
         **ours,
         mlp_width=int(ours["width"] * ratio),
         decoder_mlp_width=int(ours["decoder_width"] * ratio),
@@ -111,19 +111,19 @@ def hf_model(config: Mapping[str, Any], *, decoder_eps: float = 1e-5) -> video_m
         initializer_range=...,
     )
     ours = _translate(config, _HF, fixed)
-    return video_mae.VideoMAE(
+    return video_mae.make(
         **ours,
         activation=_HF_ACTIVATIONS[config.get("hidden_act", "gelu")],
-        encoder_norm=not config.get("use_mean_pooling", True),
+        last_norm=not config.get("use_mean_pooling", True),
         decoder_eps=decoder_eps,
     )
 
 
 def _loss(model, params, video, visible, hidden, normalise):
     prediction, _ = model.apply({"params": params}, video, visible, hidden)
-    target = masked.target_cubes(model, video, hidden)
+    target = masked.target_cubes(model.encoder, video, hidden)
     if normalise:
-        target, _, _ = losses.normalise_cubes(target, channels=model.channels)
+        target, _, _ = losses.normalise_cubes(target, channels=model.encoder.channels)
     return losses.squared_error(prediction, target, jnp.ones(len(video))).value
 
 
@@ -136,7 +136,7 @@ def loss_and_grad(model, params, video, visible, hidden, *, normalise=True):
 def _params(model, state, layout):
     expected = sharding.unbox(jax.eval_shape(lambda: video_mae.init(model, jax.random.key(0))))
     params = to_params(state, layout=layout, expected=expected)
-    cube = (model.tubelet, model.patch, model.patch)
+    cube = (model.encoder.tubelet, model.encoder.patch, model.encoder.patch)
     back = lambda tree: to_state_dict(jax.device_get(tree), layout=layout, cube=cube)
     return params, back
 
@@ -165,14 +165,16 @@ def run_original(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -
         features=_blocks(wanted, "encoder"),
         decoder_features=_blocks(wanted, "decoder"),
     )
-    embed = lambda m, x: m.patch_embed(pixels.patchify(x, tubelet=m.tubelet, patch=m.patch))
-    plain = masked.target_cubes(model, video, hidden)
-    target = losses.normalise_cubes(plain, channels=model.channels)[0]
+    embed = lambda m, x: m.encoder.patch_embed(
+        pixels.patchify(x, tubelet=m.encoder.tubelet, patch=m.encoder.patch)
+    )
+    plain = masked.target_cubes(model.encoder, video, hidden)
+    target = losses.normalise_cubes(plain, channels=model.encoder.channels)[0]
     loss, grad = loss_and_grad(model, params, video, visible, hidden)
     stored = meta["tensors"].get("target/labels_plain", [None, [0, plain.shape[1]]])[1][1]
     tensors = {
-        "in/encoder_pos_embed": positions.sinusoid(model.tokens, model.width)[None],
-        "in/decoder_pos_embed": positions.sinusoid(model.tokens, model.decoder_width)[None],
+        "in/encoder_pos_embed": positions.sinusoid(model.encoder.tokens, model.encoder.width)[None],
+        "in/decoder_pos_embed": positions.sinusoid(model.encoder.tokens, model.decoder_width)[None],
         "out/pred": prediction,
         "loss/mse_normalised_target": loss,
         "loss/mse_plain_target": _loss(model, params, video, visible, hidden, False),

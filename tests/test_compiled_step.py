@@ -46,11 +46,11 @@ def test_encoder_flops_of_the_compiled_train_step(ratio):
 
     model = program.model
     sizes = dict(
-        tokens=model.tokens,
-        pixels=model.patch_pixels,
-        width=model.width,
-        depth=model.depth,
-        mlp=model.mlp_width,
+        tokens=model.encoder.tokens,
+        pixels=model.encoder.patch_pixels,
+        width=model.encoder.width,
+        depth=model.encoder.depth,
+        mlp=model.encoder.mlp_width,
         decoder_width=model.decoder_width,
         decoder_depth=model.decoder_depth,
         decoder_mlp=model.decoder_mlp_width,
@@ -59,9 +59,9 @@ def test_encoder_flops_of_the_compiled_train_step(ratio):
     rest = 3 * (parts["decoder"] + parts["head"] + parts["encoder_to_decoder"])
     encoder = counted - rest - 2 * parts["patch_embed"]
     # Products with weights shrink with the share of visible tokens, attention with its square.
-    whole = flops.video_mae_flops(visible=model.tokens, **sizes)["encoder"]
-    attention = model.depth * 4 * model.tokens**2 * model.width
-    left = program.visible_tokens / model.tokens
+    whole = flops.video_mae_flops(visible=model.encoder.tokens, **sizes)["encoder"]
+    attention = model.encoder.depth * 4 * model.encoder.tokens**2 * model.encoder.width
+    left = program.visible_tokens / model.encoder.tokens
     theory = 3 * (left * (whole - attention) + left**2 * attention)
     assert encoder == pytest.approx(theory, rel=0.05)
     assert left == 1 - int(ratio * 64) / 64  # whole places of 8 x 8 are hidden

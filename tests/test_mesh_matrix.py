@@ -29,7 +29,7 @@ def small(**overrides):
         decoder_heads=8, decoder_mlp_width=32, patch=8, tubelet=2, frames=4, image_size=32,
         scan=True, remat="full", layer_scale=0.5, drop_path=0.3,
     )  # fmt: skip
-    return video_mae.VideoMAE(**(sizes | overrides))
+    return video_mae.make(**(sizes | overrides))
 
 
 def make_batch(dtype=np.float64):

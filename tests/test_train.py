@@ -152,10 +152,12 @@ def test_explain_names_lines_and_places(run, tmp_path, capsys):
     assert "command line: --config.seed=3" in text
     assert "two_stages.py:9" in text  # c.stages.masked.length = "6 steps"
     assert "mesh: data=4, fsdp=2, tensor=1, sequence=1 (8 devices)" in text
-    assert "encoder/blocks/" in text and "layers, embed, heads" in text
-    decayed = re.search(r"encoder/blocks/attention/query/kernel +(\w+) +([0-9.]+) +([0-9.]+)", text)
+    assert "encoder/stack/blocks/" in text and "layers, embed, heads" in text
+    decayed = re.search(
+        r"encoder/stack/blocks/attention/query/kernel +(\w+) +([0-9.]+) +([0-9.]+)", text
+    )
     assert decayed.groups() == ("muon", "0.05", "1")
-    spared = re.search(r"encoder/blocks/norm1/scale +(\w+) +([0-9.]+) +([0-9.]+)", text)
+    spared = re.search(r"encoder/stack/blocks/norm1/scale +(\w+) +([0-9.]+) +([0-9.]+)", text)
     assert spared.groups() == ("adamw", "0", "1")
     assert not (tmp_path / "w").exists()
 

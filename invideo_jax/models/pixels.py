@@ -1,10 +1,13 @@
 """Between videos and patches; normalisation constants."""
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from invideo_jax import masking
 from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
@@ -83,3 +86,46 @@ def unpatchify(
         ph=patch,
         pw=patch,
     )
+
+
+class Geometry(Protocol):
+    """What an encoder says of the videos it takes; see `video_mae.VideoMAEEncoder`."""
+
+    frames: int
+    image_size: int
+    channels: int
+    tubelet: int
+    patch: int
+    normalisation: str
+    dtype: jnp.dtype
+
+
+def visible_cubes(video: jax.Array, visible: jax.Array | None, model: Geometry) -> jax.Array:
+    """Normalised cubes of the visible ids (of all, without), [B, V, tubelet*patch*patch*C].
+
+    Args:
+        video: uint8, or already normalised float, [B, T, H, W, C].
+        visible: int32 [B, V].
+    """
+    x = patchify(video, tubelet=model.tubelet, patch=model.patch)
+    if visible is not None:
+        x = masking.gather(x, visible)
+    if x.dtype != jnp.uint8:
+        return x
+    by_channel = x.reshape(*x.shape[:2], -1, model.channels)
+    return normalise(by_channel, model.normalisation, model.dtype).reshape(x.shape)
+
+
+def blank_video(model: Geometry) -> jax.Array:
+    """One video of zeros, float32 [1, T, H, W, C]."""
+    return jnp.zeros((1, model.frames, model.image_size, model.image_size, model.channels))
+
+
+def check_video(video: jax.Array, model: Geometry) -> None:
+    """Raises UserError unless videos have the model's shape."""
+    want = (model.frames, model.image_size, model.image_size, model.channels)
+    if video.ndim != 5 or video.shape[1:] != want:
+        raise UserError(
+            f"A video batch must be [B, T, H, W, C] = [B, {', '.join(map(str, want))}]; got "
+            f"shape={list(video.shape)}. Make clips of that size, or build the model for these."
+        )

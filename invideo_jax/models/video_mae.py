@@ -5,35 +5,34 @@ Source: VideoMAE (arXiv:2203.12602), MCG-NJU/VideoMAE; InternVideo (arXiv:2212.0
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from invideo_jax import masking
-from invideo_jax.errors import UserError
 from invideo_jax.models import pixels, positions, sizes
-from invideo_jax.models.layers import Block, LayerNorm, Linear, Stack, named
+from invideo_jax.models.checks import check_multiple
+from invideo_jax.models.layers import Block, Initializer, LayerNorm, Linear, Stack, named
 from invideo_jax.sharding import constrain
 
 PyTree = Any
 
 
-class VideoMAE(nn.Module):
-    """Encoder and decoder; `encode` alone gives features.
+class VideoMAEEncoder(nn.Module):
+    """Pre-norm blocks over visible cubes; a fixed sinusoid for positions, no class token.
 
     Attributes:
-        width, depth, heads, mlp_width: of the encoder (D, blocks, K, F); `decoder_*` of the decoder.
+        width, depth, heads, mlp_width: D, blocks, K, F.
         frames, image_size: T, and H = W, of the clips.
         tubelet, patch: frames and side of one cube.
         normalisation: constants that uint8 videos are normalised with.
-        encoder_norm: whether the encoder ends in a LayerNorm.
-        eps, decoder_eps: of all LayerNorms, but for the decoder's last one; of that one.
+        last_norm: whether it ends in a LayerNorm.
+        eps: of all LayerNorms.
         qkv_bias: bias on queries and values.
         layer_scale: initial value of learned branch factors; 0 for none.
-        drop_path: rate of the encoder's last block.
+        drop_path: rate of the last block.
         scan, remat, dtype: how blocks run and what they compute in; they change no parameter.
     """
 
@@ -41,19 +40,14 @@ class VideoMAE(nn.Module):
     depth: int
     heads: int
     mlp_width: int
-    decoder_width: int
-    decoder_depth: int
-    decoder_heads: int
-    decoder_mlp_width: int
     patch: int = 16
     tubelet: int = 2
     frames: int = 16
     image_size: int = 224
     channels: int = 3
     normalisation: str = "imagenet"
-    encoder_norm: bool = True
+    last_norm: bool = True
     eps: float = 1e-6
-    decoder_eps: float = 1e-6
     qkv_bias: bool = True
     scale: float | None = None
     activation: str = "gelu"
@@ -64,13 +58,15 @@ class VideoMAE(nn.Module):
     dtype: Any = jnp.float32
 
     @property
+    def prefix(self) -> int:
+        """Class tokens in front of the cubes' tokens: none."""
+        return 0
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         """(t, h, w): tokens along time, height and width."""
-        return (
-            self.frames // self.tubelet,
-            self.image_size // self.patch,
-            self.image_size // self.patch,
-        )
+        side = self.image_size // self.patch
+        return self.frames // self.tubelet, side, side
 
     @property
     def tokens(self) -> int:
@@ -85,51 +81,103 @@ class VideoMAE(nn.Module):
 
     def setup(self):
         self.check()
-        linear = functools.partial(Linear, dtype=self.dtype)
-        block = functools.partial(
-            Block,
-            qkv_bias=self.qkv_bias,
-            scale=self.scale,
-            activation=self.activation,
-            eps=self.eps,
-            layer_scale=self.layer_scale,
-            dtype=self.dtype,
-        )
         # The published convolution keeps PyTorch's default init, uniform within 1 / sqrt(inputs).
-        uniform = lambda bound: (
-            lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            )
+        init = _uniform(self.patch_pixels**-0.5)
+        self.patch_embed = Linear(
+            self.width, ("patch", "embed"), kernel_init=init, bias_init=init, dtype=self.dtype
         )
-        patch_init = uniform(self.patch_pixels**-0.5)
-        self.patch_embed = linear(
-            self.width, ("patch", "embed"), kernel_init=patch_init, bias_init=patch_init
-        )
-        self.encoder = Stack(
-            functools.partial(block, self.heads, self.mlp_width),
+        self.stack = Stack(
+            _blocks(self, self.heads, self.mlp_width),
             self.depth,
             scan=self.scan,
             remat=self.remat,
             drop_path=self.drop_path,
         )
-        if self.encoder_norm:
+        if self.last_norm:
             self.norm = LayerNorm(self.eps, self.dtype)
+
+    def __call__(
+        self,
+        video: jax.Array,
+        visible: jax.Array | None = None,
+        *,
+        keys: jax.Array | None = None,
+        features: Sequence[int] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Features of the visible tokens, of all without `visible`.
+
+        Args:
+            video: uint8 or normalised float [B, T, H, W, C].
+            visible: int32 [B, V], ids of the tokens that the blocks see, ascending.
+            keys: [B] random keys for drop path; None when evaluating.
+            features: blocks whose outputs are wanted.
+
+        Returns:
+            [B, V, D], and {'embedded': [B, V, D] before the first block, 'block<i>': [B, V, D] for
+            each block asked for}.
+        """
+        pixels.check_video(video, self)
+        position = jnp.asarray(positions.sinusoid(self.tokens, self.width), self.dtype)
+        # The raw cubes are gathered: hidden pixels are not even projected.
+        cubes = pixels.visible_cubes(video, visible, self)
+        position = position[None] if visible is None else jnp.take(position, visible, axis=0)
+        x = constrain(self.patch_embed(cubes), "batch", "tokens", "act_embed")
+        out = {"embedded": x + position}
+        x, blocks = self.stack(out["embedded"], keys=keys, features=features)
+        return self.norm(x) if self.last_norm else x, out | blocks
+
+    def pooled(self, tokens: jax.Array) -> jax.Array:
+        """The mean of tokens [B, V, D], as [B, D]."""
+        return tokens.mean(axis=1)
+
+    def check(self) -> None:
+        """Raises UserError where attributes do not fit together; builds nothing."""
+        check_multiple("frames", self.frames, "tubelet", self.tubelet)
+        check_multiple("image_size", self.image_size, "patch", self.patch)
+        check_multiple("width", self.width, "heads", self.heads)
+
+
+class VideoMAE(nn.Module):
+    """Encoder and decoder.
+
+    Attributes:
+        encoder: sees visible tokens only.
+        decoder_width, decoder_depth, decoder_heads, decoder_mlp_width: D, blocks, K, F of the decoder;
+            its blocks are otherwise made as those of the encoder.
+        decoder_eps: of the decoder's last LayerNorm.
+    """
+
+    encoder: VideoMAEEncoder
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    decoder_mlp_width: int
+    decoder_eps: float = 1e-6
+
+    def setup(self):
+        self.check()
+        encoder, dtype = self.encoder, self.encoder.dtype
         # As the patch projection this one lies outside the published Xavier initialisation.
-        bridge = uniform(self.width**-0.5)
-        self.encoder_to_decoder = linear(
-            self.decoder_width, ("embed", None), bias_axis=None, kernel_init=bridge
+        self.encoder_to_decoder = Linear(
+            self.decoder_width,
+            ("embed", None),
+            bias_axis=None,
+            kernel_init=_uniform(encoder.width**-0.5),
+            dtype=dtype,
         )
         # Normal, standard deviation 0.02, cut at one standard deviation.
         token = lambda key, shape: 0.02 * jax.random.truncated_normal(key, -1, 1, shape)
         self.mask_token = self.param("mask_token", named(token, "norm"), (self.decoder_width,))
         self.decoder = Stack(
-            functools.partial(block, self.decoder_heads, self.decoder_mlp_width),
+            _blocks(encoder, self.decoder_heads, self.decoder_mlp_width),
             self.decoder_depth,
-            scan=self.scan,
-            remat=self.remat,
+            scan=encoder.scan,
+            remat=encoder.remat,
         )
-        self.decoder_norm = LayerNorm(self.decoder_eps, self.dtype)
-        self.head = linear(self.patch_pixels, ("embed", "pixels"), bias_axis="pixels")
+        self.decoder_norm = LayerNorm(self.decoder_eps, dtype)
+        self.head = Linear(
+            encoder.patch_pixels, ("embed", "pixels"), bias_axis="pixels", dtype=dtype
+        )
 
     def __call__(
         self,
@@ -151,42 +199,11 @@ class VideoMAE(nn.Module):
             features, decoder_features: blocks whose outputs are wanted.
 
         Returns:
-            Predictions [B, M, tubelet*patch*patch*C], and what `encode` and `decode` name.
+            Predictions [B, M, tubelet*patch*patch*C], and what the encoder and `decode` name.
         """
-        encoded, out = self.encode(video, visible, keys=keys, features=features)
+        encoded, out = self.encoder(video, visible, keys=keys, features=features)
         decoded, more = self.decode(encoded, visible, hidden, features=decoder_features)
-        return decoded, out | more
-
-    def encode(
-        self,
-        video: jax.Array,
-        visible: jax.Array | None = None,
-        *,
-        keys: jax.Array | None = None,
-        features: Sequence[int] = (),
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Features of the visible tokens (of all, without `visible`); arguments as in `__call__`.
-
-        Returns:
-            [B, V, D], and {'embedded': [B, V, D] before the first block, 'encoder': the result,
-            'block<i>': [B, V, D] for each block asked for}.
-        """
-        self._check_video(video)
-        x = pixels.patchify(video, tubelet=self.tubelet, patch=self.patch)
-        position = jnp.asarray(positions.sinusoid(self.tokens, self.width))[None]
-        if visible is not None:
-            # The raw cubes are gathered: hidden pixels are not even projected.
-            x = masking.gather(x, visible)
-            position = jnp.take(position[0], visible, axis=0)
-        if x.dtype == jnp.uint8:
-            x = x.reshape(*x.shape[:2], -1, self.channels)
-            x = pixels.normalise(x, self.normalisation, self.dtype).reshape(*x.shape[:2], -1)
-        x = constrain(self.patch_embed(x), "batch", "tokens", "act_embed")
-        out = {"embedded": x + position.astype(self.dtype)}
-        x, blocks = self.encoder(out["embedded"], keys=keys, features=features)
-        if self.encoder_norm:
-            x = self.norm(x)
-        return x, out | blocks | {"encoder": x}
+        return decoded, out | {"encoder": encoded} | more
 
     def decode(
         self,
@@ -202,11 +219,13 @@ class VideoMAE(nn.Module):
             [B, M, tubelet*patch*patch*C], and {'encoder_to_decoder': [B, V, Dd], 'decoder_in':
             [B, V+M, Dd], 'decoder_block<i>': [B, V+M, Dd] for each block asked for}.
         """
-        table = jnp.asarray(positions.sinusoid(self.tokens, self.decoder_width), self.dtype)
+        table = jnp.asarray(positions.sinusoid(self.encoder.tokens, self.decoder_width))
+        table = table.astype(self.encoder.dtype)
         place = lambda ids: jnp.take(table, ids, axis=0)
         seen = self.encoder_to_decoder(encoded)
         x = jnp.concatenate(
-            [seen + place(visible), self.mask_token.astype(self.dtype) + place(hidden)], axis=1
+            [seen + place(visible), self.mask_token.astype(self.encoder.dtype) + place(hidden)],
+            axis=1,
         )
         out = {"encoder_to_decoder": seen, "decoder_in": x}
         x, blocks = self.decoder(x, features=features)
@@ -215,55 +234,61 @@ class VideoMAE(nn.Module):
 
     def check(self) -> None:
         """Raises UserError where attributes do not fit together; builds nothing."""
-        for name, value, unit in [
-            ("frames", self.frames, self.tubelet),
-            ("image_size", self.image_size, self.patch),
-            ("width", self.width, self.heads),
-            ("decoder_width", self.decoder_width, self.decoder_heads),
-        ]:
-            if value % unit or value <= 0:
-                what = dict(frames="tubelet", image_size="patch", width="heads").get(
-                    name, "decoder_heads"
-                )
-                raise UserError(
-                    f"{name} must be a multiple of {what}; got {name}={value}, {what}={unit}. "
-                    f"Use {name}={max(value // unit, 1) * unit}, or change {what}."
-                )
+        self.encoder.check()
+        check_multiple("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
 
-    def _check_video(self, video):
-        want = (self.frames, self.image_size, self.image_size, self.channels)
-        if video.ndim != 5 or video.shape[1:] != want:
-            raise UserError(
-                f"A video batch must be [B, T, H, W, C] = [B, {', '.join(map(str, want))}]; got "
-                f"shape={list(video.shape)}. Make clips of that size, or build the model for these."
-            )
+
+def _blocks(encoder: VideoMAEEncoder, heads: int, mlp_width: int) -> Callable[..., Block]:
+    return functools.partial(
+        Block,
+        heads,
+        mlp_width,
+        qkv_bias=encoder.qkv_bias,
+        scale=encoder.scale,
+        activation=encoder.activation,
+        eps=encoder.eps,
+        layer_scale=encoder.layer_scale,
+        dtype=encoder.dtype,
+    )
+
+
+def _uniform(bound: float) -> Initializer:
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+def make(**attributes: Any) -> VideoMAE:
+    """A model from attributes of `VideoMAE` and of its `VideoMAEEncoder`, all given flat."""
+    own = {f.name for f in dataclasses.fields(VideoMAE)} - {"encoder"}
+    of_encoder = {k: v for k, v in attributes.items() if k not in own}
+    decoder = {k: v for k, v in attributes.items() if k in own}
+    return VideoMAE(VideoMAEEncoder(**of_encoder), **decoder)
 
 
 def build(size: str, /, **overrides: Any) -> VideoMAE:
-    """The model of a row of `sizes.VIDEO_MAE`; `overrides` are attributes of `VideoMAE`.
+    """The pretraining model of a row of `sizes.VIDEO_MAE`; `overrides` as the arguments of `make`.
 
     Raises:
         UserError: unknown size. TypeError: unknown attribute.
     """
     row = dataclasses.asdict(sizes.video_mae(size))
     del row["params"], row["encoder_params"]
-    return VideoMAE(**(row | overrides))
+    return make(**(row | overrides))
+
+
+def build_encoder(size: str, /, **overrides: Any) -> VideoMAEEncoder:
+    """The encoder alone of a row of `sizes.VIDEO_MAE`; `overrides` are attributes of it.
+
+    Raises:
+        UserError: unknown size. TypeError: unknown attribute.
+    """
+    row = dataclasses.asdict(sizes.video_mae(size))
+    names = {f.name for f in dataclasses.fields(VideoMAEEncoder)}
+    return VideoMAEEncoder(**({k: v for k, v in row.items() if k in names} | overrides))
 
 
 def init(model: VideoMAE, key: jax.Array) -> PyTree:
     """Fresh parameters, each in a box with the logical names of its axes."""
-    video = jnp.zeros((1, model.frames, model.image_size, model.image_size, model.channels))
-    ids = jnp.arange(2, dtype=jnp.int32)[None]
+    video, ids = pixels.blank_video(model.encoder), jnp.arange(2, dtype=jnp.int32)[None]
     return model.init(key, video, ids[:, :1], ids[:, 1:])["params"]
-
-
-def encode(
-    model: VideoMAE,
-    params: PyTree,
-    video: jax.Array,
-    visible: jax.Array | None = None,
-    *,
-    features: Sequence[int] = (),
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Features of videos, without drop path: see `VideoMAE.encode`."""
-    return model.apply({"params": params}, video, visible, features=features, method="encode")

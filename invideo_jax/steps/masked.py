@@ -44,24 +44,34 @@ def _fold(keys: jax.Array, use: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
-def draw_mask(model: VideoMAE, keys: jax.Array, mask: Mapping[str, Any]) -> masking.Ids:
-    """Visible and hidden ids of examples with these keys; `mask` is a name and its options."""
+def draw_mask(
+    grid: masking.Grid, keys: jax.Array, mask: Mapping[str, Any], **more: Any
+) -> masking.Ids:
+    """Visible and hidden ids of examples with these keys.
+
+    Args:
+        grid: (t, h, w).
+        keys: [B], from `example_keys`.
+        mask: name and options of a mask.
+        more: arrays that the mask needs, as the `weights` of an attention mask.
+    """
     options = dict(mask)
-    return masking.get(options.pop("name"))(_fold(keys, _MASK), grid=model.grid, **options)
+    return masking.get(options.pop("name"))(_fold(keys, _MASK), grid=grid, **options, **more)
 
 
-def target_cubes(model: VideoMAE, video: jax.Array, hidden: jax.Array) -> jax.Array:
+def target_cubes(encoder: pixels.Geometry, video: jax.Array, hidden: jax.Array) -> jax.Array:
     """Pixels of the hidden cubes in 0..1, [B, M, tubelet*patch*patch*C].
 
     Args:
+        encoder: says how the video is cut.
         video: uint8, or float normalised with the model's constants, [B, T, H, W, C].
     """
-    cubes = pixels.patchify(video, tubelet=model.tubelet, patch=model.patch)
+    cubes = pixels.patchify(video, tubelet=encoder.tubelet, patch=encoder.patch)
     cubes = masking.gather(cubes, hidden)
     if video.dtype == jnp.uint8:
-        return pixels.zero_to_one(cubes, model.dtype)
-    by_channel = cubes.reshape(*cubes.shape[:2], -1, model.channels)
-    return pixels.unnormalise(by_channel, model.normalisation).reshape(cubes.shape)
+        return pixels.zero_to_one(cubes, encoder.dtype)
+    by_channel = cubes.reshape(*cubes.shape[:2], -1, encoder.channels)
+    return pixels.unnormalise(by_channel, encoder.normalisation).reshape(cubes.shape)
 
 
 def pixel_objective(
@@ -77,13 +87,15 @@ def pixel_objective(
     Source: VideoMAE (arXiv:2203.12602) 3.1, engine_for_pretraining.py.
     """
 
+    encoder = model.encoder
+
     def loss(params, batch, keys, train):
-        visible, hidden = draw_mask(model, keys, mask)
-        drop = _fold(keys, _DROP_PATH) if train and model.drop_path else None
+        visible, hidden = draw_mask(encoder.grid, keys, mask)
+        drop = _fold(keys, _DROP_PATH) if train and encoder.drop_path else None
         prediction, _ = model.apply({"params": params}, batch["video"], visible, hidden, keys=drop)
-        target = target_cubes(model, batch["video"], hidden)
+        target = target_cubes(encoder, batch["video"], hidden)
         if normalise:
-            target, _, _ = losses.normalise_cubes(target, channels=model.channels)
+            target, _, _ = losses.normalise_cubes(target, channels=encoder.channels)
         return losses.squared_error(prediction, target, batch["valid"]), {}
 
     return loss
@@ -184,21 +196,21 @@ def make_reconstruct(
     pictures the true ones are put back, and visible cubes are shown as they are. `masked` is grey
     where cubes are hidden. The masks are those that `make_eval_loss` draws.
     """
-    key = _host_key(stage_key)
-    cut = functools.partial(pixels.patchify, tubelet=model.tubelet, patch=model.patch)
+    key, encoder = _host_key(stage_key), model.encoder
+    cut = functools.partial(pixels.patchify, tubelet=encoder.tubelet, patch=encoder.patch)
     join = functools.partial(
-        pixels.unpatchify, grid=model.grid, tubelet=model.tubelet, patch=model.patch
+        pixels.unpatchify, grid=encoder.grid, tubelet=encoder.tubelet, patch=encoder.patch
     )
 
     def reconstruct(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         video = batch["video"]
-        visible, hidden = draw_mask(model, example_keys(key(), batch["position"]), mask)
+        visible, hidden = draw_mask(encoder.grid, example_keys(key(), batch["position"]), mask)
         cubes, _ = model.apply({"params": params}, video, visible, hidden)
         if normalise:
             _, middle, spread = losses.normalise_cubes(
-                target_cubes(model, video, hidden), channels=model.channels
+                target_cubes(encoder, video, hidden), channels=encoder.channels
             )
-            by_channel = cubes.astype(jnp.float32).reshape(*cubes.shape[:2], -1, model.channels)
+            by_channel = cubes.astype(jnp.float32).reshape(*cubes.shape[:2], -1, encoder.channels)
             cubes = (by_channel * spread + middle).reshape(cubes.shape)
         whole = cut(pixels.zero_to_one(video))
         grey = jnp.full_like(cubes, 0.5)

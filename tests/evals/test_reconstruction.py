@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from invideo_jax import losses, sharding
 from invideo_jax.evals import EVALUATORS, reconstruction
 from invideo_jax.losses import Mean
-from invideo_jax.models.video_mae import VideoMAE
+from invideo_jax.models.video_mae import make
 from invideo_jax.models.video_mae import init as init_model
 from invideo_jax.steps import masked
 
@@ -40,7 +40,7 @@ def batches_of(video: np.ndarray, size: int) -> list[dict]:
 @pytest.fixture(scope="module")
 def tiny():
     """A small VideoMAE, its parameters, and its jitted evaluation functions."""
-    model = VideoMAE(
+    model = make(
         width=16,
         depth=1,
         heads=2,
@@ -86,9 +86,11 @@ def test_values_agree_with_a_plain_loop(tiny):
     np.testing.assert_allclose(found["psnr"], expected, rtol=1e-5)
 
     keys = masked.example_keys(jax.random.key(1), jnp.asarray(batch["position"]))
-    visible, hidden = masked.draw_mask(model, keys, MASK)
+    visible, hidden = masked.draw_mask(model.encoder.grid, keys, MASK)
     prediction, _ = jax.jit(model.apply)({"params": params}, batch["video"], visible, hidden)
-    target = np.asarray(masked.target_cubes(model, jnp.asarray(batch["video"]), hidden), np.float64)
+    target = np.asarray(
+        masked.target_cubes(model.encoder, jnp.asarray(batch["video"]), hidden), np.float64
+    )
     total = 0.0
     for row, cube in np.ndindex(target.shape[:2]):
         pixels = target[row, cube].reshape(-1, 3)

@@ -33,7 +33,7 @@ def random_params(model, seed=0):
 
 
 @pytest.mark.parametrize("layout", names.LAYOUTS)
-@pytest.mark.parametrize("options", [{}, dict(encoder_norm=False, qkv_bias=False, depth=3)])
+@pytest.mark.parametrize("options", [{}, dict(last_norm=False, qkv_bias=False, depth=3)])
 def test_there_and_back_is_bit_identical(layout, options):
     model = small(**options)
     params = random_params(model)
@@ -62,7 +62,10 @@ def test_kernels_are_turned_as_the_convention_says():
     attention = params["encoder"]["blocks"]["attention"]
     fused = np.concatenate([attention[n]["kernel"][1].T for n in ("query", "key", "value")])
     np.testing.assert_array_equal(state["encoder.blocks.1.attn.qkv.weight"], fused)
-    conv, kernel = state["encoder.patch_embed.proj.weight"], params["patch_embed"]["kernel"]
+    conv, kernel = (
+        state["encoder.patch_embed.proj.weight"],
+        params["encoder"]["patch_embed"]["kernel"],
+    )
     assert conv.shape == (32, 3, 2, 8, 8)
     t, h, w, c = 1, 2, 5, 2
     np.testing.assert_array_equal(conv[:, c, t, h, w], kernel[((t * 8 + h) * 8 + w) * 3 + c])
@@ -86,7 +89,9 @@ def test_keys_and_their_order_of_full_sizes(shared, file, layout, size):
     # Keys follow from the depth alone; shapes too are compared where the memory for it is small.
     model = video_mae.build(size, scan=True, **({} if size == "S" else narrow))
     state = to_state_dict(
-        random_params(model), layout=layout, cube=(model.tubelet, model.patch, model.patch)
+        random_params(model),
+        layout=layout,
+        cube=(model.encoder.tubelet, model.encoder.patch, model.encoder.patch),
     )
     assert list(state) == list(listed)
     if size == "S":
@@ -213,4 +218,4 @@ def test_golden_command_fails_beyond_a_bound_and_for_what_it_cannot_check(tmp_pa
     assert code == 1 and "could not check adamw/loss_after2" in said
     code, said = verdict({"out/pred": right}, config | {"drop_rate": 0.5})
     assert code == 1 and "drop_rate must be one of" in said
-    assert model.grid == (2, 2, 2)
+    assert model.encoder.grid == (2, 2, 2)

@@ -21,10 +21,10 @@ def small(**options):
 
 
 def inputs(model, batch=2, seed=0, ratio=0.75):
-    shape = (batch, model.frames, model.image_size, model.image_size, 3)
+    shape = (batch, model.encoder.frames, model.encoder.image_size, model.encoder.image_size, 3)
     video = jax.random.normal(jax.random.key(seed), shape)
     keys = jax.random.split(jax.random.key(seed + 1), batch)
-    return video, *masking.tube(keys, grid=model.grid, ratio=ratio)
+    return video, *masking.tube(keys, grid=model.encoder.grid, ratio=ratio)
 
 
 def shaken(params, seed=2):
@@ -39,6 +39,11 @@ def fresh(model):
     return jax.jit(lambda: shaken(nn.unbox(video_mae.init(model, jax.random.key(0)))))()
 
 
+def encode(model, params, video, visible=None, features=()):
+    """The encoder alone."""
+    return model.encoder.apply({"params": params["encoder"]}, video, visible, features=features)
+
+
 def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
@@ -47,9 +52,8 @@ def count(tree):
 def test_parameter_counts_are_the_published_ones(size):
     row, model = sizes.video_mae(size), video_mae.build(size, scan=True)
     params = jax.eval_shape(lambda: video_mae.init(model, jax.random.key(0)))
-    encoder = {name: params[name] for name in ("patch_embed", "encoder", "norm")}
     assert count(params) == row.params
-    assert count(encoder) == row.encoder_params
+    assert count(params["encoder"]) == row.encoder_params
 
 
 def test_every_parameter_names_its_axes():
@@ -57,7 +61,7 @@ def test_every_parameter_names_its_axes():
     known = {"layers", "embed", "heads", "mlp", "patch", "pixels", "norm", None}
     for box in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
         assert len(box.names) == box.value.ndim and set(box.names) <= known
-    kernel = params["encoder"]["blocks"]["attention"]["query"]["kernel"]
+    kernel = params["encoder"]["stack"]["blocks"]["attention"]["query"]["kernel"]
     assert kernel.names == ("layers", "embed", "heads")
 
 
@@ -65,7 +69,7 @@ def test_every_parameter_names_its_axes():
 def grads(**options):
     model = small(layer_scale=0.5)
     params = fresh(model)
-    model = model.clone(**options)
+    model = small(layer_scale=0.5, **options)
     video, visible, hidden = inputs(model)
     run = lambda p: jnp.square(model.apply({"params": p}, video, visible, hidden)[0]).mean()
     return jax.jit(jax.value_and_grad(run))(params)
@@ -114,26 +118,29 @@ def test_remat_policies_keep_what_they_say(capsys):
 
 
 def test_features_of_any_block_by_name():
-    params = fresh(small(depth=3, encoder_norm=False))
-    run = jax.jit(video_mae.encode, static_argnums=0, static_argnames="features")
+    params = fresh(small(depth=3, last_norm=False))
+    run = jax.jit(encode, static_argnums=0, static_argnames="features")
     for scan in (False, True):
-        model = small(depth=3, scan=scan, encoder_norm=False)
+        model = small(depth=3, scan=scan, last_norm=False)
         video, visible, _ = inputs(model)
         last, out = run(model, params, video, visible, features=(0, -1))
         assert {"block0", "block2"} <= set(out) and "block1" not in out
         np.testing.assert_array_equal(out["block2"], last)
-    cut = params | {"encoder": jax.tree.map(lambda x: x[:1], params["encoder"])}
-    want, _ = run(model.clone(depth=1), cut, video, visible, features=())
+    cut = {
+        "encoder": params["encoder"]
+        | {"stack": jax.tree.map(lambda x: x[:1], params["encoder"]["stack"])}
+    }
+    want, _ = run(small(depth=1, last_norm=False), cut, video, visible, features=())
     np.testing.assert_allclose(out["block0"], want, atol=1e-6)
     with pytest.raises(UserError, match="got features=3"):
-        video_mae.encode(model, params, video, visible, features=(3,))
+        encode(model, params, video, visible, features=(3,))
 
 
 def test_gradient_of_visible_features_in_hidden_pixels_is_exactly_zero():
     model = small()
     params = fresh(model)
     video, visible, hidden = inputs(model)
-    run = lambda v: jnp.square(video_mae.encode(model, params, v, visible)[0]).sum()
+    run = lambda v: jnp.square(encode(model, params, v, visible)[0]).sum()
     grad = pixels.patchify(jax.jit(jax.grad(run))(video), tubelet=2, patch=8)
     assert (np.asarray(masking.gather(grad, hidden)) == 0.0).all()
     assert (np.abs(np.asarray(masking.gather(grad, visible))).max(-1) > 0).all()
@@ -145,7 +152,7 @@ def test_prediction_does_not_depend_on_hidden_pixels():
     video, visible, hidden = inputs(model)
     cubes = pixels.patchify(video, tubelet=2, patch=8)
     other = masking.scatter(cubes, jnp.full_like(masking.gather(cubes, hidden), jnp.nan), hidden)
-    other = pixels.unpatchify(other, grid=model.grid, tubelet=2, patch=8)
+    other = pixels.unpatchify(other, grid=model.encoder.grid, tubelet=2, patch=8)
     run = jax.jit(lambda v: model.apply({"params": params}, v, visible, hidden)[0])
     np.testing.assert_array_equal(run(video), run(other))
 
@@ -162,12 +169,12 @@ def test_encoder_flops_are_those_of_the_visible_tokens(ratio):
     model = small(width=128, heads=2, mlp_width=512, frames=4, image_size=64)
     params = jax.eval_shape(lambda: nn.unbox(video_mae.init(model, jax.random.key(0))))
     video = jax.ShapeDtypeStruct((2, 4, 64, 64, 3), jnp.float32)
-    n = model.tokens
-    seen = n - model.grid[0] * int(ratio * 64)
+    n = model.encoder.tokens
+    seen = n - model.encoder.grid[0] * int(ratio * 64)
     ids = jax.ShapeDtypeStruct((2, seen), jnp.int32)
 
     def train(params, video, visible):
-        run = lambda p: video_mae.encode(model, p, video, visible)[0].sum()
+        run = lambda p: encode(model, p, video, visible)[0].sum()
         return jax.grad(run)(params)
 
     theory = lambda m: m * (12 * 128**2 * 2 + 384 * 128) + 2 * m * m * 2 * 128
@@ -186,7 +193,7 @@ def test_uint8_is_normalised_with_the_model_s_constants(name):
     video = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3), dtype=np.uint8)
     mean, std = (np.array(x) for x in pixels.NORMALISATION[name])
     floats = jnp.asarray((video / 255 - mean) / std, jnp.float32)
-    run = jax.jit(lambda v: video_mae.encode(model, params, v, visible)[0])
+    run = jax.jit(lambda v: encode(model, params, v, visible)[0])
     np.testing.assert_allclose(run(jnp.asarray(video)), run(floats), atol=2e-5)
     back = pixels.unnormalise(pixels.normalise(video, name), name)
     np.testing.assert_allclose(back, video / 255, atol=1e-6)
@@ -196,7 +203,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
     model = small()
     params = fresh(model)
     video, visible, hidden = inputs(model)
-    low = model.clone(dtype=jnp.bfloat16)
+    low = model.clone(encoder=model.encoder.clone(dtype=jnp.bfloat16))
     run = jax.jit(
         lambda m: m.apply({"params": params}, video, visible, hidden)[0], static_argnums=0
     )
@@ -225,12 +232,14 @@ def test_drop_path_follows_the_example_s_key_and_scan_does_not_matter():
     @functools.partial(jax.jit, static_argnums=0)
     def run(model, rows, keys):
         given = video[rows], visible[rows]
-        return model.apply({"params": params}, *given, keys=keys, method="encode")[0]
+        return model.encoder.apply({"params": params["encoder"]}, *given, keys=keys)[0]
 
     rows = np.arange(4)
     want = run(model, rows, keys)
     np.testing.assert_allclose(run(model, rows[::-1], keys[::-1]), want[::-1], atol=1e-5)
-    np.testing.assert_allclose(run(model.clone(scan=True), rows, keys), want, atol=1e-5)
+    np.testing.assert_allclose(
+        run(model.clone(encoder=model.encoder.clone(scan=True)), rows, keys), want, atol=1e-5
+    )
     assert np.abs(np.asarray(want - run(model, rows, None))).max() > 1e-2
 
 
@@ -260,7 +269,7 @@ def test_patchify_against_a_loop():
 def test_initial_values_are_as_published():
     model = video_mae.build("Ti", image_size=32, frames=4)
     params = nn.unbox(jax.jit(lambda: video_mae.init(model, jax.random.key(0)))())
-    blocks = params["encoder"]["blocks"]
+    blocks = params["encoder"]["stack"]["blocks"]
     limit = lambda x, bound: (
         np.testing.assert_allclose(np.abs(x).max(), bound, rtol=1e-2),
         np.testing.assert_allclose(np.std(x), bound / 3**0.5, rtol=3e-2),
@@ -268,7 +277,7 @@ def test_initial_values_are_as_published():
     limit(blocks["attention"]["query"]["kernel"], (6 / (4 * 192)) ** 0.5)  # of the fused matrix
     limit(blocks["attention"]["out"]["kernel"], (6 / (2 * 192)) ** 0.5)
     limit(blocks["mlp"]["up"]["kernel"], (6 / (192 + 768)) ** 0.5)
-    limit(params["patch_embed"]["kernel"], (2 * 16 * 16 * 3) ** -0.5)
+    limit(params["encoder"]["patch_embed"]["kernel"], (2 * 16 * 16 * 3) ** -0.5)
     limit(params["encoder_to_decoder"]["kernel"], 192**-0.5)
     assert not np.allclose(blocks["mlp"]["up"]["kernel"][0], blocks["mlp"]["up"]["kernel"][1])
     assert np.abs(params["mask_token"]).max() <= 0.02 and np.std(params["mask_token"]) > 0.005
@@ -298,6 +307,4 @@ def test_wrong_size_names_and_shapes_say_what_to_do():
         video_mae.build("B", pach=8)
     model = small()
     with pytest.raises(UserError, match=r"\[B, 4, 32, 32, 3\]; got shape=\[1, 4, 32, 16, 3\]"):
-        jax.eval_shape(
-            lambda p, v: video_mae.encode(model, p, v), fresh(model), jnp.zeros((1, 4, 32, 16, 3))
-        )
+        jax.eval_shape(lambda p, v: encode(model, p, v), fresh(model), jnp.zeros((1, 4, 32, 16, 3)))

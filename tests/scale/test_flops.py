@@ -47,7 +47,7 @@ def formula():
 
 
 def loss_and_arguments(clips, **options):
-    model = video_mae.VideoMAE(**SIZES, **options)
+    model = video_mae.make(**SIZES, **options)
     params = jax.eval_shape(lambda: sharding.unbox(video_mae.init(model, jax.random.key(0))))
     batch = {
         "video": jax.ShapeDtypeStruct((clips, 4, 32, 32, 3), jnp.uint8),

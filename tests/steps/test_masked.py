@@ -73,7 +73,7 @@ def test_loss_against_the_formula_written_out():
     want = []
     for b in (0, 2):
         key = jax.random.fold_in(jax.random.fold_in(KEY, batch["position"][b]), 0)
-        visible, hidden = masking.tube(key[None], grid=model.grid, ratio=0.75)
+        visible, hidden = masking.tube(key[None], grid=model.encoder.grid, ratio=0.75)
         video = batch["video"][b : b + 1]
         found, _ = model.apply({"params": params}, video, visible, hidden)
         cubes = np.asarray(pixels.patchify(video, tubelet=2, patch=8)[0], np.float64) / 255
@@ -120,8 +120,10 @@ def test_reconstruction_shows_visible_cubes_and_uses_the_loss_s_masks(normalise)
         masked.make_reconstruct(**options, normalise=normalise)
     )(params, batch)
     np.testing.assert_allclose(original, batch["video"] / 255.0, atol=1e-6)
-    _, hidden = masked.draw_mask(model, masked.example_keys(KEY, batch["position"]), MASK)
-    mask = np.asarray(masking.mask_of(hidden, model.tokens))
+    _, hidden = masked.draw_mask(
+        model.encoder.grid, masked.example_keys(KEY, batch["position"]), MASK
+    )
+    mask = np.asarray(masking.mask_of(hidden, model.encoder.tokens))
     cut = lambda x: np.asarray(pixels.patchify(x, tubelet=2, patch=8))
     assert (cut(hidden_shown)[mask] == 0.5).all()
     for shown in (hidden_shown, filled):
@@ -137,8 +139,10 @@ def test_reconstruction_shows_visible_cubes_and_uses_the_loss_s_masks(normalise)
 
 def test_a_perfect_prediction_reconstructs_the_video():
     model, batch = tiny(), batch_of(2)
-    _, hidden = masked.draw_mask(model, masked.example_keys(KEY, batch["position"]), MASK)
-    cubes = masked.target_cubes(model, batch["video"], hidden)
+    _, hidden = masked.draw_mask(
+        model.encoder.grid, masked.example_keys(KEY, batch["position"]), MASK
+    )
+    cubes = masked.target_cubes(model.encoder, batch["video"], hidden)
     target, middle, spread = losses.normalise_cubes(cubes)
     back = (target.reshape(*target.shape[:2], -1, 3) * spread + middle).reshape(cubes.shape)
     np.testing.assert_allclose(back, cubes, atol=1e-6)
