@@ -61,3 +61,94 @@ def squared_error(prediction: jax.Array, target: jax.Array, valid: jax.Array) ->
     dtype = jnp.promote_types(prediction.dtype, jnp.float32)
     error = jnp.square(prediction.astype(dtype) - target.astype(dtype))
     return mean(error.mean(axis=tuple(range(1, error.ndim))), valid)
+
+
+def similarity(
+    a: jax.Array, b: jax.Array, temperature: jax.Array | float, *, reduce: str = "mean"
+) -> jax.Array:
+    """Cosine of every pair over the temperature, float32 [A, B].
+
+    Args:
+        a, b: features of any length, [A, P] and [B, P]; several for each example as [A, S, P] give
+            the mean or the maximum over all their pairs.
+        reduce: 'mean' or 'max'.
+    """
+    a, b = (x[:, None] if x.ndim == 2 else x for x in (unit(a), unit(b)))
+    pairs = jnp.einsum("asp,btp->asbt", a, b) / temperature
+    return {"mean": jnp.mean, "max": jnp.max}[reduce](pairs, axis=(1, 3))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """`x` [..., P] divided by its length, at least in float32."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+def contrastive(
+    scores: jax.Array, ids: jax.Array | None = None, valid: jax.Array | None = None
+) -> Mean:
+    """Soft-target cross-entropy of each pair against the whole batch, both ways, halved.
+
+    Args:
+        scores: similarities over temperature of all pairs of the global batch, [B, B].
+        ids: [B]; pairs with equal ones are each other's positives, all with the same weight. None =
+            every example is its own only.
+        valid: bool [B]; padding is neither scored nor anybody's negative.
+
+    Returns:
+        The mean over examples.
+
+    Source: InternVideo2 multi_modality/models/criterions.py (VTC).
+    """
+    size = len(scores)
+    ids = jnp.arange(size) if ids is None else ids
+    valid = jnp.ones(size, bool) if valid is None else valid.astype(bool)
+    positive = (ids[:, None] == ids[None, :]) & valid[:, None] & valid[None, :]
+    target = positive / jnp.maximum(positive.sum(1, keepdims=True), 1)
+
+    def one_way(scores):
+        scores = jnp.where(valid[None, :], scores, jnp.finfo(scores.dtype).min)
+        return -jnp.where(positive, jax.nn.log_softmax(scores, axis=1) * target, 0).sum(1)
+
+    return mean((one_way(scores) + one_way(scores.T)) / 2, valid)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Mean:
+    """Cross-entropy with the labels' classes.
+
+    Args:
+        logits: [..., classes].
+        labels: int [...]; where the weight is 0 any value will do.
+        weights: bool or float [...].
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    labels = jnp.clip(labels, 0, logits.shape[-1] - 1)
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return mean(jax.nn.logsumexp(logits, axis=-1) - picked, weights)
+
+
+def matching(logits: jax.Array, weights: jax.Array) -> Mean:
+    """Cross-entropy of "these two belong together" over matching pairs, then those that do not match.
+
+    Args:
+        logits: [3B, 2]: B pairs that match (class 1), then 2B that do not (class 0).
+        weights: bool or float [3B].
+
+    Source: InternVideo2 multi_modality/models/criterions.py (VTM).
+    """
+    labels = (jnp.arange(len(logits)) < len(logits) // 3).astype(jnp.int32)
+    return cross_entropy(logits, labels, weights)
+
+
+def clamped(x: jax.Array, low: float, high: float) -> jax.Array:
+    """`x` held between two bounds, with the gradient of `x` itself, so that it can come back."""
+    return x + jax.lax.stop_gradient(jnp.clip(x, low, high) - x)
+
+
+def scaled_gradient(x: jax.Array, factor: float) -> jax.Array:
+    """`x`, whose gradient is multiplied by `factor`.
+
+    The published contrastive losses of InternVideo2 and InternVideo2-CLIP drop the other processes'
+    share of the gradient of features, which is the factor 1 / processes.
+    """
+    return jax.lax.stop_gradient(x) + factor * (x - jax.lax.stop_gradient(x))

@@ -34,6 +34,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "patch": None,
     "pixels": "tensor",
+    "vocabulary": "tensor",
     "norm": None,
     # Activations.
     "batch": BATCH_AXES,
@@ -42,6 +43,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
+    "act_vocabulary": "tensor",
 }
 
 # A state array that follows no parameter is replicated up to this size (counters, coefficients).

@@ -18,7 +18,7 @@ LAYERS = (
     ("evals",),
     ("steps", "scale", "interop", "explain"),
     ("models",),
-    ("masking", "losses", "optim", "state", "sharding"),
+    ("masking", "text_masking", "negatives", "losses", "optim", "state", "sharding"),
     (
         "checkpoint",
         "checkpoint_list",
