@@ -5,7 +5,7 @@ from invideo_jax.interop.names.rows import Layout, Row, linear, norm, patches
 
 def _blocks(theirs: str, ours: str) -> list[Row]:
     """Blocks of MCG-NJU/VideoMAE: fused qkv kernel, biases of q and v apart."""
-    t, o = f"{theirs}.blocks.{{i}}", f"{ours}/blocks"
+    t, o = f"{theirs}.{{i}}", f"{ours}/blocks"
     qkv = tuple(f"{o}/attention/{name}/kernel" for name in ("query", "key", "value"))
     return [
         Row(f"{t}.gamma_1", (f"{o}/scale1",), optional=True),
@@ -42,6 +42,10 @@ def _hf_blocks(theirs: str, ours: str) -> list[Row]:
 _HEAD = [*norm("decoder.norm", "decoder_norm"), *linear("decoder.head", "head")]
 _BRIDGE = Row("encoder_to_decoder.weight", ("encoder_to_decoder/kernel",), "linear")
 _MASK_TOKEN = Row("mask_token", ("mask_token",), "token")
+_HF_ALIASES = (
+    (r"\.attention\.attention\.q_bias$", ".attention.attention.query.bias"),
+    (r"\.attention\.attention\.v_bias$", ".attention.attention.value.bias"),
+)
 
 LAYOUTS: dict[str, Layout] = {
     # MCG-NJU/VideoMAE and InternVideo1, pretraining model.
@@ -49,9 +53,9 @@ LAYOUTS: dict[str, Layout] = {
         (
             _MASK_TOKEN,
             *patches("encoder.patch_embed.proj", "encoder/patch_embed"),
-            *_blocks("encoder", "encoder/stack"),
+            *_blocks("encoder.blocks", "encoder/stack"),
             *norm("encoder.norm", "encoder/norm", optional=True),
-            *_blocks("decoder", "decoder"),
+            *_blocks("decoder.blocks", "decoder"),
             *_HEAD,
             _BRIDGE,
         )
@@ -67,9 +71,25 @@ LAYOUTS: dict[str, Layout] = {
             *_hf_blocks("decoder.decoder_layers", "decoder"),
             *_HEAD,
         ),
-        aliases=(
-            (r"\.attention\.attention\.q_bias$", ".attention.attention.query.bias"),
-            (r"\.attention\.attention\.v_bias$", ".attention.attention.value.bias"),
+        aliases=_HF_ALIASES,
+    ),
+    # MCG-NJU/VideoMAE and InternVideo1, fine-tuning model (the mean of tokens, no last norm).
+    "videomae_classification": Layout(
+        (
+            *patches("patch_embed.proj", "encoder/patch_embed"),
+            *_blocks("blocks", "encoder/stack"),
+            *norm("fc_norm", "fc_norm"),
+            *linear("head", "head"),
+        )
+    ),
+    # transformers 5, VideoMAEForVideoClassification with use_mean_pooling.
+    "videomae_hf_classification": Layout(
+        (
+            *patches("videomae.embeddings.patch_embeddings.projection", "encoder/patch_embed"),
+            *_hf_blocks("videomae.encoder.layer", "encoder/stack"),
+            *norm("fc_norm", "fc_norm"),
+            *linear("classifier", "head"),
         ),
+        aliases=_HF_ALIASES,
     ),
 }
