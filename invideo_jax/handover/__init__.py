@@ -8,6 +8,17 @@ the recipe does not account for, on either side, is an error. `sources` opens wh
 from invideo_jax.handover.matching import read_label_map
 from invideo_jax.handover.moving import apply
 from invideo_jax.handover.planning import plan
+from invideo_jax.handover.sources import Source, from_state, from_tree, open_source
 from invideo_jax.handover.table import Row, Table
 
-__all__ = ["Row", "Table", "apply", "plan", "read_label_map"]
+__all__ = [
+    "Row",
+    "Source",
+    "Table",
+    "apply",
+    "from_state",
+    "from_tree",
+    "open_source",
+    "plan",
+    "read_label_map",
+]
