@@ -27,7 +27,7 @@ Objective = Callable[[PyTree, Batch, jax.Array, bool], tuple[Mean, dict[str, Mea
 
 OBJECTIVES = Registry("objective", {"pixels": "invideo_jax.steps.masked:pixel_objective"})
 
-_MASK, _DROP_PATH = 0, 1  # what a key of an example is folded with, for each use
+MASK, DROP_PATH = 0, 1  # what a key of an example is folded with, for each use
 
 
 def example_keys(stage_key: np.ndarray | jax.Array, position: jax.Array) -> jax.Array:
@@ -40,7 +40,7 @@ def example_keys(stage_key: np.ndarray | jax.Array, position: jax.Array) -> jax.
     return jax.vmap(lambda p: jax.random.fold_in(stage_key, p))(position)
 
 
-def _fold(keys: jax.Array, use: int) -> jax.Array:
+def fold(keys: jax.Array, use: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
@@ -56,7 +56,7 @@ def draw_mask(
         more: arrays that the mask needs, as the `weights` of an attention mask.
     """
     options = dict(mask)
-    return masking.get(options.pop("name"))(_fold(keys, _MASK), grid=grid, **options, **more)
+    return masking.get(options.pop("name"))(fold(keys, MASK), grid=grid, **options, **more)
 
 
 def target_cubes(encoder: pixels.Geometry, video: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ def pixel_objective(
 
     def loss(params, batch, keys, train):
         visible, hidden = draw_mask(encoder.grid, keys, mask)
-        drop = _fold(keys, _DROP_PATH) if train and encoder.drop_path else None
+        drop = fold(keys, DROP_PATH) if train and encoder.drop_path else None
         prediction, _ = model.apply({"params": params}, batch["video"], visible, hidden, keys=drop)
         target = target_cubes(encoder, batch["video"], hidden)
         if normalise:
@@ -101,7 +101,7 @@ def pixel_objective(
     return loss
 
 
-def _host_key(stage_key: jax.Array) -> Callable[[], jax.Array]:
+def host_key(stage_key: jax.Array) -> Callable[[], jax.Array]:
     """Makes the key again inside a traced function, so that no device array is closed over."""
     data, implementation = (
         np.asarray(jax.random.key_data(stage_key)),
@@ -133,7 +133,7 @@ def make_loss(
         ValueError: unknown objective. TypeError: an option the objective does not have.
     """
     function = OBJECTIVES.get(objective)(model, mask=mask, **dict(target or {}))
-    key = _host_key(stage_key)
+    key = host_key(stage_key)
 
     def loss(params: PyTree, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         return function(params, batch, example_keys(key(), batch["position"]), train)
@@ -196,7 +196,7 @@ def make_reconstruct(
     pictures the true ones are put back, and visible cubes are shown as they are. `masked` is grey
     where cubes are hidden. The masks are those that `make_eval_loss` draws.
     """
-    key, encoder = _host_key(stage_key), model.encoder
+    key, encoder = host_key(stage_key), model.encoder
     cut = functools.partial(pixels.patchify, tubelet=encoder.tubelet, patch=encoder.patch)
     join = functools.partial(
         pixels.unpatchify, grid=encoder.grid, tubelet=encoder.tubelet, patch=encoder.patch
