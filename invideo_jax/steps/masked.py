@@ -25,7 +25,13 @@ PyTree = Any
 # (params, batch, keys [B], train) -> (loss, more averages by name)
 Objective = Callable[[PyTree, Batch, jax.Array, bool], tuple[Mean, dict[str, Mean]]]
 
-OBJECTIVES = Registry("objective", {"pixels": "invideo_jax.steps.masked:pixel_objective"})
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "aligned": "invideo_jax.steps.aligned:align_objective",
+        "pixels": "invideo_jax.steps.masked:pixel_objective",
+    },
+)
 
 MASK, DROP_PATH = 0, 1  # what a key of an example is folded with, for each use
 
@@ -41,6 +47,7 @@ def example_keys(stage_key: np.ndarray | jax.Array, position: jax.Array) -> jax.
 
 
 def fold(keys: jax.Array, use: int) -> jax.Array:
+    """One key of each example for one use (`MASK`, `DROP_PATH`)."""
     return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
