@@ -5,7 +5,6 @@ internvideo2.py, internvideo2_ap.py, internvideo2_cat.py; MCG-NJU/VideoMAE model
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
