@@ -43,11 +43,12 @@ FREE_KEYS = (
 def place_stages(config, epoch_examples: int | None) -> tuple[stages.Stage, ...]:
     """The recipe's stages in order, with their lengths in steps."""
     names = config.stage_order
+    clips = {name: config.stages[name].clip.get("repeats", 1) for name in names}  # of each video
     return stages.plan(
         names,
         {name: config.stages[name].length for name in config.stages},
         batch_sizes={name: config.stages[name].batch_size for name in names},
-        epoch_examples={name: epoch_examples for name in names},
+        epoch_examples={name: epoch_examples and epoch_examples * clips[name] for name in names},
         total_steps=config.total_steps or None,
     )
 

@@ -89,6 +89,21 @@ class InTurn:
         return None
 
 
+class Repeated:
+    """An order in which every place stands `times` times, one after the other."""
+
+    def __init__(self, order: Order | InTurn, times: int):
+        self.order, self.times = order, times
+
+    @property
+    def epoch(self) -> int:
+        """Number of places in one epoch."""
+        return self.order.epoch * self.times
+
+    def __getitem__(self, position: int) -> Place | None:
+        return self.order[position // self.times]
+
+
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Weights as whole numbers without a common factor, in exactly the proportion of their decimals.
 

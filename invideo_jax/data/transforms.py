@@ -44,6 +44,8 @@ class ClipSpec:
         views: 0 draws the frames at random; v >= 1 takes place `view` of v fixed places spread over
             the video.
         view: which of the `views` places.
+        repeats: clips made of each video, one after the other in the order. Random ones differ in all
+            that is drawn; of fixed ones see `of`.
         interpolation: 'bilinear' or 'bicubic'.
     """
 
@@ -62,12 +64,13 @@ class ClipSpec:
     erase: float = 0.0
     views: int = 0
     view: int = 0
+    repeats: int = 1
     interpolation: str = "bilinear"
 
     def __post_init__(self):
         for name in ("scales", "crop_scale", "crop_ratio"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # configs give lists
-        for name in ("frames", "size", "stride"):
+        for name in ("frames", "size", "stride", "repeats"):
             value = getattr(self, name)
             _must(
                 value >= 1 and value == int(value),
@@ -113,6 +116,23 @@ class ClipSpec:
             "view",
             self.view,
         )
+
+        crops = 3 if self.crop == "three_crop" else 1
+        _must(
+            not self.views or self.repeats in (1, self.views * crops),
+            f"repeats must be 1 or all {max(self.views, 1) * crops} views of a video",
+            "repeats",
+            self.repeats,
+        )
+
+    def of(self, position: int) -> "ClipSpec":
+        """The clip at a position of the order: of `repeats` fixed ones each place with each crop."""
+        if not self.views or self.repeats == 1:
+            return self
+        crops = self.repeats // self.views
+        view, crop = divmod(position % self.repeats, crops)
+        fixed = {"view": view} | ({"crop_index": crop} if crops > 1 else {})
+        return dataclasses.replace(self, **fixed, repeats=1)
 
     def _check_crop(self) -> None:
         _must(
