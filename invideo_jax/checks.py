@@ -12,9 +12,12 @@ from typing import Any
 
 import ml_collections
 
-from invideo_jax import build
+from invideo_jax import build, masking, optim, programs
 from invideo_jax import config as config_lib
 from invideo_jax.errors import UserError
+from invideo_jax.evals import EVALUATORS
+from invideo_jax.models import layers, pixels
+from invideo_jax.programs import base
 from invideo_jax.registry import nearest
 from invideo_jax.stages import Duration
 
@@ -53,6 +56,7 @@ RULES: tuple[Rule, ...] = (
     ("data.max_megapixels", *_POSITIVE),
     ("data.max_hours", *_POSITIVE),
     ("data.decode_seconds", *_POSITIVE),
+    ("data.read_seconds", *_POSITIVE),
     ("mesh.*", lambda v: v == -1 or v >= 1, "must be at least 1, or -1 for all remaining devices"),
     ("checkpoint.keep_last", *_COUNT),
     ("checkpoint.keep_best", *_NOT_NEGATIVE),
@@ -81,15 +85,15 @@ def choices() -> dict[str, tuple[str, ...]]:
     return {
         "compute_dtype": ("auto", "float32", "bfloat16"),
         "checkpoint.best_mode": ("min", "max"),
-        "model.name": tuple(build.MODELS),
-        "model.remat": build.REMAT_POLICIES,
-        "stages.*.step": tuple(build.STEPS),
-        "stages.*.optimizer.name": build.OPTIMIZERS,
-        "stages.*.schedule.name": build.SCHEDULES,
+        "model.name": tuple(base.ENCODERS),
+        "model.remat": tuple(layers.REMAT),
+        "stages.*.step": tuple(dict.fromkeys(kind.split("/")[0] for kind in programs.PROGRAMS)),
+        "stages.*.optimizer.name": optim.OPTIMIZERS,
+        "stages.*.schedule.name": base.SCHEDULES,
         "stages.*.schedule.decay_shape": ("linear", "sqrt"),
-        "stages.*.mask.name": build.MASKS,
-        "stages.*.objective": build.OBJECTIVES,
-        "stages.*.normalisation": build.NORMALISATIONS,
+        "stages.*.mask.name": tuple(sorted(masking.MASKS)),
+        "stages.*.objective": tuple(kind.split("/")[1] for kind in programs.PROGRAMS),
+        "stages.*.normalisation": tuple(pixels.NORMALISATION),
     }
 
 
@@ -144,6 +148,9 @@ def _whole_run(config: ml_collections.ConfigDict) -> Iterator[str]:
             "checkpoint.best must be a result of an evaluator, as 'reconstruction/loss'; got "
             f"checkpoint.best={config.checkpoint.best!r}.{nearest(best, config.evals)}"
         )
+    for name in config.evals:
+        if name not in EVALUATORS:
+            yield f'evals has "{name}", which is no evaluator.{nearest(name, EVALUATORS)}'
     if not config.stage_order:
         yield "stage_order must name at least one stage; got stage_order=()."
     for name in config.stage_order:
@@ -183,9 +190,9 @@ def _stage(config: ml_collections.ConfigDict, name: str) -> Iterator[str]:
                 re.compile(pattern)
             except re.error as error:
                 yield f"{at}.optimizer.{key} must hold regular expressions; {pattern!r}: {error}."
-    multipliers = lambda config, name: build.rate_multipliers(stage.optimizer.lr_multipliers)
+    multipliers = lambda config, name: base.rate_multipliers(stage.optimizer.lr_multipliers)
     held_out = functools.partial(build.clip_spec, train=False)
-    for part in (multipliers, build.clip_spec, held_out, build.mask_sizes):
+    for part in (multipliers, build.clip_spec, held_out, programs.check):
         try:
             part(config, name)
         except (ValueError, TypeError) as error:

@@ -10,7 +10,18 @@ import sys
 
 import jax
 
-from invideo_jax import build, checks, command_line, metrics, run, runtime, sharding, stored
+from invideo_jax import (
+    build,
+    checks,
+    command_line,
+    metrics,
+    programs,
+    run,
+    runtime,
+    sharding,
+    stored,
+    teaching,
+)
 from invideo_jax import config as config_lib
 from invideo_jax.checkpoint import Checkpoints
 from invideo_jax.data.bad import BadLedger
@@ -51,8 +62,8 @@ def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, floa
     """
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     stages = {s.name: s for s in run.place_stages(config, meta["epoch_examples"])}
-    program = build.program(config, stages[meta["stage"]])
-    train_sources = [] if config.data.eval else build.train_sources(config)[0]
+    program = programs.program(config, stages[meta["stage"]])
+    train_sources = _train_sources(config)
     sources = build.held_out_sources(config, train_sources)
     if not sources:
         print("note: no video is held out (data.eval): evaluating on training videos")
@@ -65,8 +76,10 @@ def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, floa
         config,
         program,
         mesh=mesh,
-        sources=sources,
+        train=train_sources,
+        held_out=sources,
         folder=pictures,
+        teach=_teach(program, mesh, meta["teacher"]),
         ledger=ledger,
         only_due=False,
     )
@@ -76,6 +89,29 @@ def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, floa
             for name, evaluator in ready.items()
             for key, value in evaluator.run(params, meta["step"])
         }
+
+
+def _train_sources(config):
+    """The training sources; none where they are elsewhere now and the evaluation has its own."""
+    try:
+        return build.train_sources(config)[0]
+    except ValueError:
+        if not config.data.eval:
+            raise
+        print(
+            "note: the training videos are not here (data.train); labels count as data.eval has them"
+        )
+        return []
+
+
+def _teach(program: programs.Program, mesh: jax.sharding.Mesh, digest: str):
+    """What adds the teacher's entries to a batch; UserError for another teacher than the run's."""
+    if program.teacher is None:
+        return teaching.nothing()
+    params = teaching.place(program.teacher, mesh)
+    if (found := teaching.digest(params)) != digest:
+        raise UserError(f"The run's teacher must be there (digest {digest}); got {found}.")
+    return teaching.function(program.teacher, params)
 
 
 def _parameters(folder: pathlib.Path, step: int | None, which: str | None):

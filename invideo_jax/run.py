@@ -14,7 +14,18 @@ from typing import Any
 
 import jax
 
-from invideo_jax import build, command_line, metrics, progress, runtime, sharding, stages, workdir
+from invideo_jax import (
+    build,
+    command_line,
+    metrics,
+    programs,
+    progress,
+    runtime,
+    sharding,
+    stages,
+    teaching,
+    workdir,
+)
 from invideo_jax import config as config_lib
 from invideo_jax.checkpoint import Checkpoints
 from invideo_jax.data.bad import BadLedger
@@ -71,6 +82,7 @@ class Run:
         self.window: dict[str, Any] | None = None  # metrics of a log window that a checkpoint cut
         self.stage_name = ""  # of the stage that `state` belongs to
         self.pending: list[str] = []  # evaluations due at this step and not done yet
+        self.teacher_digest = ""  # of the stage's teacher, if it has one
         self.results: dict[str, float] = {}  # of evaluations at this step
         self.clock = progress.Clock()
 
@@ -123,7 +135,7 @@ class Run:
         if self.first:
             print(text, flush=True)
 
-    def _program(self, stage: stages.Stage) -> build.Program:
+    def _program(self, stage: stages.Stage) -> programs.Program:
         """The stage's program, checked against mesh and data before anything is compiled."""
         options, videos = self.config.stages[stage.name], sum(map(len, self.sources))
         if videos < stage.batch_size:
@@ -137,9 +149,10 @@ class Run:
                 f"steps of {stage.batch_size}. Split it in two stages."
             )
         sharding.check_batch(self.mesh, stage.batch_size, accumulation=options.accumulation)
-        program = build.program(self.config, stage)
-        sharding.check_heads(self.mesh, program.model.heads)
-        sharding.check_heads(self.mesh, program.model.decoder_heads, name="decoder_heads")
+        program = programs.program(self.config, stage)
+        sharding.check_heads(self.mesh, program.encoder.heads)
+        if hasattr(program.model, "decoder_heads"):
+            sharding.check_heads(self.mesh, program.model.decoder_heads, name="decoder_heads")
         return program
 
     def _check_hand_overs(self) -> None:
@@ -199,6 +212,28 @@ class Run:
         self.state, meta = found
         self.step, self.stage_name = meta["step"], meta["stage"]
         self.window, self.pending = meta["window"], meta["pending"]
+        self.teacher_digest = meta["teacher"]
+
+    def teacher_of(self, stage: stages.Stage) -> Callable[[teaching.Batch], teaching.Batch]:
+        """What adds the teacher's entries to a batch of the stage; loads the teacher.
+
+        Raises:
+            UserError: another teacher than the one this stage was trained with before.
+        """
+        teacher, before = self.programs[stage.name].teacher, self.teacher_digest
+        self.teacher_digest = ""
+        if teacher is None:
+            return teaching.nothing()
+        params = teaching.place(teacher, self.mesh)
+        self.teacher_digest = teaching.digest(params)
+        sources = ", ".join(f"{name} {frozen.source}" for name, frozen in teacher.models.items())
+        self.say(f"Teacher of stage {stage.name}: {sources} (digest {self.teacher_digest})")
+        if self.step > stage.first and before != self.teacher_digest:
+            raise UserError(
+                f"Stage {stage.name} must go on with the teacher it was trained with, of digest {before}; "
+                f"got {self.teacher_digest}. Put those weights back, or use another workdir."
+            )
+        return teaching.function(teacher, params)
 
     def _check_space(self, state: TrainState) -> None:
         """Raises unless the checkpoints that this run keeps will fit; only the first process looks."""

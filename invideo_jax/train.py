@@ -17,6 +17,7 @@ from invideo_jax import (
     command_line,
     explain,
     metrics,
+    programs,
     progress,
     report,
     runtime,
@@ -62,7 +63,7 @@ def explain_recipe(recipe: config_lib.Recipe) -> int:
     print(explain.columns(rows))
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     for stage in place_stages(config, epoch_examples=10**6):  # the data need not be here
-        program = build.program(config, stage)
+        program = programs.program(config, stage)
         state = sharding.abstract_sharded_state(program.init_params, program.make_state, mesh)
         boxed = jax.eval_shape(program.init_params)
         print(
@@ -120,7 +121,7 @@ class Trainer(Run):
             f"Stage {stage.name} starts with the parameters of the last one, at step {self.step}."
         )
 
-    def _train(self, program: build.Program) -> int:
+    def _train(self, program: programs.Program) -> int:
         """Trains one stage to its end, or until the run must stop; returns the exit code."""
         config, stage = self.config, program.stage
         log_every = stage.to_steps(config.log.every, name="log.every")
@@ -135,7 +136,7 @@ class Trainer(Run):
             return runtime.stop_code()
         return runtime.FINISHED
 
-    def _steps(self, program: build.Program, save_every: int) -> bool:
+    def _steps(self, program: programs.Program, save_every: int) -> bool:
         """The loop over steps; True when the run must stop before the stage's end."""
         stage, keep = program.stage, self.config.checkpoint
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
@@ -155,10 +156,10 @@ class Trainer(Run):
             compiling = True
             while True:
                 with self.clock.waiting():
-                    host_batch, _ = next(batches)
-                batch = sharding.global_batch(host_batch, self.mesh)
+                    host_batch, info = next(batches)
+                batch = sharding.global_batch(program.with_read(host_batch, info), self.mesh)
                 with self.clock.pause() if compiling else contextlib.nullcontext():
-                    self.state, out = train_step(self.state, batch)
+                    self.state, out = train_step(self.state, self.teach(batch))
                 compiling = False
                 self.step += 1
                 self.watchdog.beat("step")
@@ -178,10 +179,11 @@ class Trainer(Run):
                 if stop or ended:
                     return stop
 
-    def _open_stage(self, program: build.Program, log_every: int) -> None:
+    def _open_stage(self, program: programs.Program, log_every: int) -> None:
         """What lasts as long as the stage: metrics, progress lines, evaluators."""
         stage, peak = program.stage, flops.device_peak_flops()
         self.program = program
+        self.teach = self.teacher_of(stage)
         self.buffer = metrics.MetricsBuffer(every=log_every, state=self.window)
         self.window = None
         self.progress = progress.Progress(
@@ -197,8 +199,10 @@ class Trainer(Run):
             self.config,
             program,
             mesh=self.mesh,
-            sources=self.held_out,
+            train=self.sources,
+            held_out=self.held_out,
             folder=self.folder,
+            teach=self.teach,
             ledger=self.held_out_ledger,
             on_batch=self._between_eval_batches,
         )
@@ -284,6 +288,7 @@ class Trainer(Run):
                 pending=self.pending,
                 config=self.config.to_dict(),
                 data=self.data,
+                teacher=self.teacher_digest,
                 epoch_examples=sum(map(len, self.sources)),
                 environment=self.environment,
             )

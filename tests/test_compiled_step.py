@@ -7,8 +7,8 @@ import jax
 import pytest
 from conftest import REPOSITORY
 
-from invideo_jax import build, sharding, train
 from invideo_jax import config as config_lib
+from invideo_jax import programs, sharding, train
 from invideo_jax.scale import flops
 
 _RESULT = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]")
@@ -39,7 +39,7 @@ def test_encoder_flops_of_the_compiled_train_step(ratio):
     options = [f"stages.masked.mask.ratio={ratio}", "stages.masked.optimizer.name=adamw"]
     config = config_lib.load(recipe, [*options, "stages.masked.batch_size=2"]).config
     stage = train.place_stages(config, epoch_examples=100)[0]
-    program = build.program(config, stage)
+    program = programs.program(config, stage)
     state = jax.eval_shape(program.make_state, sharding.unbox(jax.eval_shape(program.init_params)))
     lowered = jax.jit(program.train_step).lower(state, program.abstract_batch())
     counted = dot_flops(lowered.compile().as_text()) / stage.batch_size

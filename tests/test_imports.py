@@ -13,7 +13,8 @@ LAYERS = (
     ("train", "evaluate"),
     ("run",),
     ("checks",),
-    ("build",),
+    ("build", "teaching"),
+    ("programs",),
     ("report",),
     ("evals",),
     ("steps", "scale", "interop", "explain"),
@@ -71,7 +72,7 @@ def test_arrows_point_down():
 
 def test_only_command_lines_see_the_config_object():
     readers = {part_of(f) for f in PACKAGE.rglob("*.py") if "ml_collections" in f.read_text()}
-    assert readers <= {"config", "build", "checks", "run", "train", "evaluate"}
+    assert readers <= {"config", "build", "programs", "checks", "run", "train", "evaluate"}
 
 
 def test_data_imports_no_jax():

@@ -8,12 +8,16 @@ import jax
 import pytest
 from conftest import REPOSITORY
 
-from invideo_jax import build, checks, sharding, train
+from invideo_jax import checks, programs, sharding, train
 from invideo_jax import config as config_lib
+from invideo_jax.programs import base
+from invideo_jax.programs import masked as programs_masked
 from invideo_jax.registry import Registry
 
 RECIPES = sorted(
-    p for p in (REPOSITORY / "configs").rglob("*.py") if p.stem not in ("__init__", "common")
+    p
+    for p in (REPOSITORY / "configs").rglob("*.py")
+    if p.stem != "__init__" and p.parent.name != "common"
 )
 NAMES = [str(p.relative_to(REPOSITORY)) for p in RECIPES]
 
@@ -38,7 +42,7 @@ def test_every_stage_of_every_recipe_traces(name, word):
     config = load(name, word).config
     checks.check(config)
     for stage in train.place_stages(config, epoch_examples=240_000):
-        program = build.program(config, stage)
+        program = programs.program(config, stage)
         boxed = jax.eval_shape(program.init_params)
         state = jax.eval_shape(program.make_state, sharding.unbox(boxed))
         new, metrics = jax.eval_shape(program.train_step, state, program.abstract_batch())
@@ -46,7 +50,7 @@ def test_every_stage_of_every_recipe_traces(name, word):
             lambda x: (x.shape, x.dtype), state
         )
         assert {"loss", "grad_norm", "learning_rate", "skipped"} <= metrics.keys()
-        assert program.visible_tokens < program.model.tokens
+        assert program.visible_tokens < program.encoder.tokens
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,7 +71,7 @@ def test_recipes_say_how_they_are_run(name):
 def test_full_size_recipes_have_the_published_parameters(size, published):
     config = load(f"configs/internvideo1/mae_vit_{size}.py", "").config
     stage = train.place_stages(config, epoch_examples=240_000)[0]
-    shapes = sharding.unbox(jax.eval_shape(build.program(config, stage).init_params))
+    shapes = sharding.unbox(jax.eval_shape(programs.program(config, stage).init_params))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == published
 
 
@@ -96,8 +100,8 @@ def test_published_settings(recipe):
     videos = 240_000
     stage = train.place_stages(config, epoch_examples=videos)[0]
     batch, epochs, warmup, peak, final, ratio, stride, depth, width = PUBLISHED[recipe]
-    options, model = config.stages.masked, build.model(config, "masked")
-    rate, warm_steps = build.schedule(config, stage), int(warmup * videos / batch)
+    options, model = config.stages.masked, programs_masked.model(config, "masked")
+    rate, warm_steps = base.schedule(config, stage), int(warmup * videos / batch)
     assert (stage.batch_size, stage.steps) == (batch, int(epochs * videos / batch))
     assert float(rate(warm_steps)) == pytest.approx(peak, rel=1e-5)
     assert float(rate(warm_steps // 2)) == pytest.approx(peak / 2, rel=1e-2)
@@ -109,7 +113,7 @@ def test_published_settings(recipe):
         "multi_scale",
         0,
     )
-    assert (model.decoder_depth, model.decoder_width, model.tubelet) == (depth, width, 2)
+    assert (model.decoder_depth, model.decoder_width, model.encoder.tubelet) == (depth, width, 2)
     o = options.optimizer
     assert (o.name, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (
         "adamw",
@@ -127,7 +131,7 @@ def test_published_schedule_of_vit_b():
     config = load("configs/internvideo1/mae_vit_b.py", "").config
     stage = train.place_stages(config, epoch_examples=240_000)[0]
     assert stage.steps == 1601 * 240_000 // 2048
-    rate = build.schedule(config, stage)
+    rate = base.schedule(config, stage)
     warmup = 40 * 240_000 // 2048
     assert float(rate(0)) == 0.0
     assert float(rate(warmup)) == pytest.approx(1.2e-3, rel=1e-6)
@@ -139,7 +143,7 @@ def test_every_registered_name_can_be_imported():
     from invideo_jax.evals import EVALUATORS
     from invideo_jax.steps import masked
 
-    registries = [build.MODELS, build.STEPS, sources.SOURCES, EVALUATORS, masked.OBJECTIVES]
+    registries = [base.ENCODERS, sources.SOURCES, EVALUATORS, masked.OBJECTIVES]
     for registry in registries:
         assert isinstance(registry, Registry)
         for name in registry:

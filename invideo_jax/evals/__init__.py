@@ -1,7 +1,9 @@
 """Evaluators: what a model can do on held-out clips, measured during or after training.
 
-The contract. An evaluator is one file of this folder with a class `Evaluator`, and one line in
-`EVALUATORS`. It is made once, with keyword arguments only, and has one method:
+The contract. An evaluator is one file of this folder and one line in `EVALUATORS`: a function
+`make(given, **options)` with what the run gives to all (`Given`) and the evaluator's own options, the
+keys of `config.evals.<name>` but `every`. It raises UserError where the model cannot do what it
+measures. What it makes has one method:
 
     run(params, step) -> iterator of (name, value)
 
@@ -16,11 +18,48 @@ once at the end, so that padding rows and the batch size change nothing. What is
 Only process 0 writes files.
 """
 
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
 from invideo_jax.registry import Registry
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
 
 EVALUATORS = Registry(
     "evaluator",
     {
-        "reconstruction": "invideo_jax.evals.reconstruction:Evaluator",
+        "reconstruction": "invideo_jax.evals.reconstruction:make",
+        "loss": "invideo_jax.evals.loss:make",
     },
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What evaluators are made from; functions of arrays are jitted.
+
+    Attributes:
+        batches: (examples, *, of='held_out') -> device batches, always the same ones in the same order;
+            the first `examples` clips of the held-out ('held_out') or training ('train') videos, cut as
+            for evaluation. Rows beyond them are not `valid`. With teach=False without the entries
+            that a teacher adds, which `eval_loss` needs.
+        eval_loss: (params, batch) -> name -> `losses.Mean` over valid rows.
+        encode: (params, batch) -> pooled features of whole clips, [B, P].
+        reconstruct: (params, batch) -> (original, masked, reconstruction), or None.
+        predict: (params, batch) -> logits [B, classes], or None.
+        classes: names of the labels, in their order; empty where unknown.
+        workdir: folder for files.
+    """
+
+    batches: Callable[..., Iterable[Batch]]
+    eval_loss: Callable[[PyTree, Batch], Mapping[str, Any]]
+    encode: Callable[[PyTree, Batch], jax.Array]
+    reconstruct: Callable[[PyTree, Batch], tuple[jax.Array, jax.Array, jax.Array]] | None = None
+    predict: Callable[[PyTree, Batch], jax.Array] | None = None
+    classes: tuple[str, ...] = ()
+    workdir: pathlib.Path | None = None

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from invideo_jax.errors import UserError
+from invideo_jax.evals import Given
 from invideo_jax.losses import Mean
 from invideo_jax.metrics import merge_means, replace_file
 
@@ -73,6 +75,22 @@ class Evaluator:
             if len(kept) < self.pictures:
                 kept += _first_valid(clips, batch, self.pictures - len(kept))
             yield dict(self.eval_loss(params, batch)) | {"psnr": self._psnr(*clips, batch["valid"])}
+
+
+def make(given: Given, *, examples: int, pictures: int) -> Evaluator:
+    """The evaluator on the first `examples` held-out clips, with `pictures` of them kept."""
+    if given.reconstruct is None:
+        raise UserError(
+            "The evaluator 'reconstruction' needs a model that predicts pixels, which this stage's is not. "
+            "Take it out of the recipe's evals, or switch it off: evals.reconstruction.every='0 steps'."
+        )
+    return Evaluator(
+        batches=lambda: given.batches(examples),
+        eval_loss=given.eval_loss,
+        reconstruct=given.reconstruct,
+        workdir=given.workdir,
+        pictures=pictures,
+    )
 
 
 def psnr(
