@@ -29,13 +29,20 @@ REFERENCE_BATCH = 256
 OPTIMIZERS = ("adamw", "muon", "lion", "sgd")
 
 # Never decayed besides 1-D parameters. Source: VideoMAE and InternVideo2, `no_weight_decay`.
-NO_DECAY = (r"(^|/)(cls_token|mask_token)$", r"pos_embed")
+NO_DECAY = (
+    r"(^|/)(cls_token|mask_token)$",
+    r"(^|[/_])position_(embedding|spatial|temporal|cls)$",
+    r"pos_embed",
+)
 # Layer 0 of layer-wise decay. Source: InternVideo2 `get_num_layer_for_vit`, where position tables
 # of other names than `pos_embed` fall through to the last layer's rate; here they are layer 0 too.
-EMBEDDING = r"(^|/)(cls_token|mask_token|patch_embed|[^/]*pos_embed[^/]*)(/|$)"
+EMBEDDING = (
+    r"(^|/)(cls_token|mask_token|patch_embed|[^/]*pos_embed[^/]*"
+    r"|([a-z]+_)*position_(embedding|spatial|temporal|cls))(/|$)"
+)
 BLOCKS = r"(^|/)blocks?([_/]\d+)?(/|$)"
 # The blocks that layer-wise decay counts; a decoder has the full rate, as a head has.
-ENCODER_BLOCKS = r"^(.*encoder/)?blocks?([_/]\d+)?(/|$)"
+ENCODER_BLOCKS = r"^(.*encoder/)?(stack/)?blocks?([_/]\d+)?(/|$)"
 
 
 # --------------------------------------------------------------------------------------- schedules

@@ -34,21 +34,39 @@ def attend(
     Returns:
         [B, Nq, K*head] in the dtype of `value`.
     """
-    width = query.shape[-1]
-    scale = (width // heads) ** -0.5 if scale is None else scale
     query = constrain(query, "batch", "tokens", "act_heads")
     key = constrain(key, "batch", "kv_tokens", "act_heads")
     value = constrain(value, "batch", "kv_tokens", "act_heads")
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)  # [B, K, N, head]
-    query, key, value = split(query * scale), split(key), split(value)
+    shares = drop(weights(query, key, heads=heads, scale=scale, mask=mask), keys, dropout)
+    return constrain(mix(shares, value), "batch", "tokens", "act_heads")
+
+
+def weights(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    heads: int,
+    scale: float | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax over keys, [B, K, Nq, Nk] in float32 (float64 stays float64); arguments as `attend`."""
+    scale = (query.shape[-1] // heads) ** -0.5 if scale is None else scale
+    query, key = _split(query * scale, heads), _split(key, heads)
     accumulate = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=accumulate)
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
-    weights = drop(jax.nn.softmax(scores, axis=-1), keys, dropout)
-    mixed = jnp.matmul(weights.astype(value.dtype), value)
-    mixed = mixed.swapaxes(1, 2).reshape(*mixed.shape[:1], mixed.shape[2], width)
-    return constrain(mixed, "batch", "tokens", "act_heads")
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def mix(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Sums of `value` [B, Nk, K*head] by `weights` [B, K, Nq, Nk], [B, Nq, K*head]."""
+    mixed = jnp.matmul(weights.astype(value.dtype), _split(value, weights.shape[1]))
+    return mixed.swapaxes(1, 2).reshape(*mixed.shape[:1], mixed.shape[2], value.shape[-1])
+
+
+def _split(x: jax.Array, heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)  # [B, K, N, head]
 
 
 def drop(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:

@@ -8,13 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
 from invideo_jax.errors import UserError
 from invideo_jax.models.attention import attend
 from invideo_jax.registry import nearest
-from invideo_jax.sharding import constrain
+from invideo_jax.sharding import constrain, is_box, path_of
 
 PyTree = Any
 Initializer = Callable[..., jax.Array]
@@ -104,17 +103,54 @@ class LayerNorm(nn.Module):
         return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
 
 
+class RMSNorm(nn.Module):
+    """x / root mean square, with float32 statistics (float64 stays float64), times a weight.
+
+    The quotient is cast back to the dtype of `x` before the weight is multiplied, as published.
+
+    Source: InternVideo2, `RMSNorm` of internvideo2_pretrain.py.
+    """
+
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", named(nn.initializers.ones_init(), "norm"), (x.shape[-1],))
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        square = jnp.square(wide).mean(-1, keepdims=True)
+        y = (wide * jax.lax.rsqrt(square + self.eps)).astype(x.dtype)
+        return (y * scale.astype(y.dtype)).astype(self.dtype)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
+
+
+def norm(name: str) -> Callable[..., nn.Module]:
+    """The normalisation called `name`; UserError for an unknown one."""
+    if name not in NORMS:
+        raise UserError(f"The norm must be known; got norm={name!r}.{nearest(name, NORMS)}")
+    return NORMS[name]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with separate 2-D kernels [D, K*head]; keys have no bias.
+    """Multi-head self-attention with separate 2-D kernels [D, K*head].
 
     Attributes:
         heads: K.
-        qkv_bias: bias on queries and values (on keys it would change nothing).
+        qkv_bias: bias on queries and values.
+        key_bias: bias on keys, which changes something only where keys are normalised.
+        qk_norm: RMSNorm of queries and keys over all heads together.
+        kernel_init: of all four kernels; None for Xavier-uniform.
     """
 
     heads: int
     qkv_bias: bool = True
+    key_bias: bool = False
+    qk_norm: bool = False
     scale: float | None = None
+    eps: float = 1e-6
+    kernel_init: Initializer | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -125,15 +161,21 @@ class Attention(nn.Module):
             Linear,
             width,
             ("embed", "heads"),
-            kernel_init=xavier(width, 3 * width),
+            kernel_init=self.kernel_init or xavier(width, 3 * width),
             dtype=self.dtype,
         )
-        bias = "heads" if self.qkv_bias else None
-        query = checkpoint_name(into(bias_axis=bias, name="query")(x), "query")
-        key = checkpoint_name(into(bias_axis=None, name="key")(x), "key")
-        value = checkpoint_name(into(bias_axis=bias, name="value")(x), "value")
+        bias = lambda wanted: "heads" if wanted else None
+        query = into(bias_axis=bias(self.qkv_bias), name="query")(x)
+        key = into(bias_axis=bias(self.key_bias), name="key")(x)
+        value = into(bias_axis=bias(self.qkv_bias), name="value")(x)
+        query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
+        value = checkpoint_name(value, "value")
+        if self.qk_norm:
+            query = RMSNorm(self.eps, self.dtype, name="query_norm")(query)
+            key = RMSNorm(self.eps, self.dtype, name="key_norm")(key)
         mixed = attend(query, key, value, heads=self.heads, scale=self.scale)
-        return Linear(width, ("heads", "embed"), dtype=self.dtype, name="out")(mixed)
+        out = functools.partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
+        return out(width, ("heads", "embed"), name="out")(mixed)
 
 
 class Mlp(nn.Module):
@@ -141,14 +183,16 @@ class Mlp(nn.Module):
 
     width: int
     activation: str = "gelu"
+    kernel_init: Initializer | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = Linear(self.width, ("embed", "mlp"), "mlp", dtype=self.dtype, name="up")(x)
+        linear = functools.partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
+        hidden = linear(self.width, ("embed", "mlp"), "mlp", name="up")(x)
         hidden = constrain(checkpoint_name(hidden, "mlp_hidden"), "batch", "tokens", "act_mlp")
         hidden = activation(self.activation)(hidden)
-        return Linear(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="down")(hidden)
+        return linear(x.shape[-1], ("mlp", "embed"), name="down")(hidden)
 
 
 def drop_path(branch: jax.Array, keys: jax.Array, rate: jax.Array) -> jax.Array:
@@ -168,16 +212,25 @@ class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
+        qkv_bias, key_bias, qk_norm: of `Attention`.
+        norm: a key of `NORMS`.
         layer_scale: initial value of a learned factor on each branch; 0 for none.
+        layer_scale_float32: whether that product is made in float32 and then cast.
+        kernel_init: of all kernels; None for Xavier-uniform.
     """
 
     heads: int
     mlp_width: int
     qkv_bias: bool = True
+    key_bias: bool = False
+    qk_norm: bool = False
     scale: float | None = None
     activation: str = "gelu"
+    norm: str = "layer"
     eps: float = 1e-6
     layer_scale: float = 0.0
+    layer_scale_float32: bool = True
+    kernel_init: Initializer | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -185,19 +238,32 @@ class Block(nn.Module):
         self, x: jax.Array, keys: jax.Array | None = None, rate: jax.Array | float = 0.0
     ) -> jax.Array:
         """`x` [B, N, D]; `keys` [B] drop paths at `rate`, None keeps all."""
+        make_norm = norm(self.norm)
+        attention = Attention(
+            self.heads,
+            self.qkv_bias,
+            self.key_bias,
+            self.qk_norm,
+            self.scale,
+            self.eps,
+            self.kernel_init,
+            self.dtype,
+            name="attention",
+        )
+        mlp = Mlp(self.mlp_width, self.activation, self.kernel_init, self.dtype, name="mlp")
         x = constrain(x, "batch", "tokens", "act_embed")
-        y = LayerNorm(self.eps, self.dtype, name="norm1")(x)
-        y = Attention(self.heads, self.qkv_bias, self.scale, self.dtype, name="attention")(y)
+        y = attention(make_norm(self.eps, self.dtype, name="norm1")(x))
         x = x + self._branch(y, "scale1", keys, 0, rate)
-        y = LayerNorm(self.eps, self.dtype, name="norm2")(x)
-        y = Mlp(self.mlp_width, self.activation, self.dtype, name="mlp")(y)
+        y = mlp(make_norm(self.eps, self.dtype, name="norm2")(x))
         x = x + self._branch(y, "scale2", keys, 1, rate)
         return constrain(x, "batch", "tokens", "act_embed")
 
     def _branch(self, y, name, keys, which, rate):
         if self.layer_scale:
             init = named(nn.initializers.constant(self.layer_scale), "norm")
-            y = (y * self.param(name, init, y.shape[-1:])).astype(y.dtype)
+            factor = self.param(name, init, y.shape[-1:])
+            factor = factor if self.layer_scale_float32 else factor.astype(y.dtype)
+            y = (y * factor).astype(y.dtype)
         if keys is None:
             return y
         return drop_path(y, jax.vmap(lambda k: jax.random.fold_in(k, which))(keys), rate)
@@ -213,6 +279,7 @@ class Stack(nn.Module):
         remat: a key of `REMAT`.
         drop_path: rate of the last block; block i has i / (depth - 1) of it.
         draws: blocks take random keys for more than drop path.
+        shrink: paths of parameters whose initial values are divided by sqrt(2 * layer), layer 1...
     """
 
     block: Callable[..., nn.Module]
@@ -221,6 +288,7 @@ class Stack(nn.Module):
     remat: str = "none"
     drop_path: float = 0.0
     draws: bool = False
+    shrink: Sequence[str] = ()
 
     @nn.compact
     def __call__(
@@ -243,11 +311,10 @@ class Stack(nn.Module):
         Returns:
             The last block's output, and {'block<i>': [B, N, D]} for the blocks asked for.
         """
-        wanted = [_block_index(i, self.depth) for i in features]
+        wanted = sorted({_block_index(i, self.depth) for i in features})
         block = self.block(parent=None)
-        params = self.param(
-            "blocks", functools.partial(_init_stacked, block, self.depth), x, context
-        )
+        init = functools.partial(_init_stacked, block, self.depth, self.shrink)
+        params = self.param("blocks", init, x, context)
         rates = np.linspace(0.0, self.drop_path, self.depth, dtype=np.float32)
         keys = keys if self.drop_path or self.draws else None
         first, last = span or (0, self.depth)
@@ -261,14 +328,36 @@ class Stack(nn.Module):
 
         body = _rematerialised(body, self.remat, scan=self.scan)
         if self.scan:
-            step = lambda x, layer: (lambda y: (y, y if wanted else None))(body(x, layer))
-            x, outputs = jax.lax.scan(step, x, (params, rates[first:last], np.arange(first, last)))
+            layers = params, rates[first:last], np.arange(first, last)
+            x, kept = _scan(body, x, layers, wanted)
         else:
-            outputs = []
+            kept = []
             for i, layer in enumerate(_unstack(params, last - first), start=first):
                 x = body(x, (layer, rates[i], i))
-                outputs.append(x)
-        return x, {f"block{i}": outputs[i - first] for i in wanted}
+                kept += [x] if i in wanted else []
+        return x, {f"block{i}": kept[n] for n, i in enumerate(wanted)}
+
+
+def _scan(body: Callable, x: jax.Array, layers: PyTree, wanted: Sequence[int]):
+    """`body` over `layers`: the last output, and the outputs of the `wanted` layers, [K, B, N, D].
+
+    Each layer writes its output into the place of the next wanted one, so that what stays there is
+    the wanted one's, and memory does not grow with depth.
+    """
+    place = np.searchsorted(wanted, layers[-1]).astype(np.int32)
+    kept = jnp.zeros((place.max(initial=-1) + 1 if wanted else 0, *x.shape), x.dtype)
+
+    def step(carry, layer):
+        x, kept = carry
+        layer, place = layer
+        x = body(x, layer)
+        if wanted:
+            kept = jax.lax.dynamic_update_index_in_dim(kept, x, place, 0)
+            kept = constrain(kept, None, "batch", "tokens", "act_embed")
+        return (x, kept), None
+
+    (x, kept), _ = jax.lax.scan(step, (x, kept), (layers, place))
+    return x, kept
 
 
 def _block_index(index: int, depth: int) -> int:
@@ -281,7 +370,12 @@ def _block_index(index: int, depth: int) -> int:
 
 
 def _init_stacked(
-    block: nn.Module, depth: int, key: jax.Array, x: jax.Array, context: Sequence[Any]
+    block: nn.Module,
+    depth: int,
+    shrink: Sequence[str],
+    key: jax.Array,
+    x: jax.Array,
+    context: Sequence[jax.Array | None],
 ) -> PyTree:
     # Parameters do not depend on the numbers of examples and tokens: one of each is enough, but
     # for a context, whose masks must fit the tokens.
@@ -289,9 +383,14 @@ def _init_stacked(
     context = jax.tree.map(lambda c: c[:1], tuple(context))
     initial = lambda k: block.init(k, one, None, 0.0, *context)["params"]
     stacked = jax.vmap(initial)(jax.random.split(key, depth))
-    is_box = lambda x: isinstance(x, meta.AxisMetadata)
-    add = lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"})
-    return jax.tree.map(add, stacked, is_leaf=is_box)
+    divisor = np.sqrt(2.0 * np.arange(1, depth + 1)).astype(np.float32)
+
+    def finish(key_path, box):
+        if path_of(key_path) in shrink:
+            box = box.replace_boxed(box.value / divisor.reshape(-1, *(1,) * (box.value.ndim - 1)))
+        return box.add_axis(0, {nn.PARTITION_NAME: "layers"})
+
+    return jax.tree_util.tree_map_with_path(finish, stacked, is_leaf=is_box)
 
 
 def _rematerialised(body: Callable, remat: str, *, scan: bool) -> Callable:

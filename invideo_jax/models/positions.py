@@ -1,8 +1,13 @@
-"""Position tables."""
+"""Position tables: their values, and tables of other lengths and sizes."""
 
 import functools
+import math
 
 import numpy as np
+
+from invideo_jax.errors import UserError
+
+Grid = tuple[int, int, int]
 
 
 @functools.lru_cache(maxsize=16)
@@ -25,3 +30,158 @@ def sinusoid(tokens: int, width: int) -> np.ndarray:
     table = np.where(channel % 2 == 0, np.sin(angle), np.cos(angle)).astype(np.float32)
     table.setflags(write=False)
     return table
+
+
+# ------------------------------------------------------------- initial values of learnable tables
+
+
+def sincos_1d(length: int, width: int) -> np.ndarray:
+    """[sin(p w_k), cos(p w_k)] in halves, w_k = 10000^(-k / (width / 2)), float32 [length, width].
+
+    Source: InternVideo2 pos_embed.py, in float32 as there.
+    """
+    if width % 2:
+        raise UserError(f"The width of a sine-cosine table must be even; got width={width}.")
+    order = np.arange(width // 2, dtype=np.float32) / np.float32(width / 2)
+    angle = np.arange(length, dtype=np.float32)[:, None] / np.float32(10000) ** order
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+def sincos_2d(height: int, width: int, channels: int) -> np.ndarray:
+    """First half the code of the column, second half that of the row, float32 [h*w, channels]."""
+    _check_channels(channels, 4)
+    columns, rows = sincos_1d(width, channels // 2), sincos_1d(height, channels // 2)
+    pair = np.broadcast_arrays(columns[None, :], rows[:, None])
+    return np.concatenate(pair, axis=-1).reshape(-1, channels)
+
+
+@functools.lru_cache(maxsize=8)
+def sincos_3d(grid: Grid, channels: int, *, prefix: int = 1) -> np.ndarray:
+    """A quarter of the channels codes time, the rest column and row; `prefix` rows of zeros first.
+
+    Args:
+        grid: (t, h, w).
+        channels: D, a multiple of 16.
+
+    Returns:
+        float32 [prefix + t*h*w, D], read-only.
+
+    Source: InternVideo2 `get_3d_sincos_pos_embed`.
+    """
+    _check_channels(channels, 16)
+    t, h, w = grid
+    time, space = sincos_1d(t, channels // 4), sincos_2d(h, w, channels // 4 * 3)
+    table = np.concatenate([np.repeat(time, h * w, axis=0), np.tile(space, (t, 1))], axis=1)
+    table = np.concatenate([np.zeros((prefix, channels), np.float32), table])
+    table.setflags(write=False)
+    return table
+
+
+def _check_channels(channels: int, unit: int) -> None:
+    if channels % unit:
+        raise UserError(
+            f"The width of a sine-cosine table must be a multiple of {unit}; got width={channels}."
+        )
+
+
+# --------------------------------------------------------------- tables of other lengths and sizes
+
+
+def interpolate(
+    table: np.ndarray,
+    *,
+    old_times: int,
+    grid: Grid,
+    prefix: int = 1,
+    old_space: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """A learned table for another grid: linear in time, then bicubic in space.
+
+    Args:
+        table: [prefix + t'*h'*w', D], t-major.
+        old_times: t', frames / tubelet of the model that the table comes from. A table does not
+            say it: with a wrong one space and time would be mixed up.
+        grid: (t, h, w) wanted.
+        prefix: rows (class token) that stay as they are, at the start.
+        old_space: (h', w'); default the square that remains.
+
+    Returns:
+        [prefix + t*h*w, D] in the dtype of `table`.
+
+    Raises:
+        UserError: rows that `old_times` and `old_space` do not explain.
+
+    Source: InternVideo2 `interpolate_pos_embed`; PyTorch `interpolate`, align_corners=False, without
+    antialiasing.
+    """
+    rows = len(table) - prefix
+    each = rows // old_times if old_times > 0 and rows % old_times == 0 else 0
+    height, width = old_space or (math.isqrt(each),) * 2
+    if each < 1 or height * width != each:
+        square = [t for t in range(1, 129) if rows % t == 0 and _square(rows // t)]
+        raise UserError(
+            f"old_times must be the time slots of the model that the table comes from; got "
+            f"old_times={old_times}"
+            + (f", old_space={old_space}" if old_space else "")
+            + f" for {rows} places. Lengths that leave a square: {', '.join(map(str, square))}."
+        )
+    t, h, w = grid
+    x = table[prefix:].reshape(old_times, height, width, -1)
+    x = np.einsum("ab,bhwd->ahwd", _linear(old_times, t), x)
+    x = np.einsum("hi,tijd->thjd", _cubic(height, h), x)
+    x = np.einsum("wj,thjd->thwd", _cubic(width, w), x)
+    return np.concatenate([table[:prefix], x.reshape(t * h * w, -1).astype(table.dtype)])
+
+
+def _square(n: int) -> bool:
+    return math.isqrt(n) ** 2 == n
+
+
+def _places(old: int, new: int) -> np.ndarray:
+    """Where the middles of `new` cells lie, counted in `old` cells from the middle of the first."""
+    return (np.arange(new) + 0.5) * (old / new) - 0.5
+
+
+def _linear(old: int, new: int) -> np.ndarray:
+    place = np.maximum(_places(old, new), 0)
+    low = np.floor(place).astype(int)
+    share = place - low
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new), low), 1 - share)
+    np.add.at(matrix, (np.arange(new), np.minimum(low + 1, old - 1)), share)
+    return matrix
+
+
+def _cubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
+    """Keys' kernel with `a`; places outside count as the nearest one inside."""
+    if old == new:
+        return np.eye(old)
+    place = _places(old, new)
+    low = np.floor(place).astype(int)
+    matrix = np.zeros((new, old))
+    for offset in (-1, 0, 1, 2):
+        d = np.abs(place - (low + offset))
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        far = a * (d**3 - 5 * d**2 + 8 * d - 4)
+        weight = np.where(d <= 1, near, far)
+        np.add.at(matrix, (np.arange(new), np.clip(low + offset, 0, old - 1)), weight)
+    return matrix
+
+
+def inflate(kernel: np.ndarray, tubelet: int, *, centre: bool = False) -> np.ndarray:
+    """The patch kernel of frames as one of cubes of `tubelet` frames.
+
+    Args:
+        kernel: [rows*columns*C, D], of one frame.
+        centre: the middle frame (the earlier of two: the later one) has it all; else every frame an equal part.
+
+    Returns:
+        [tubelet*rows*columns*C, D].
+
+    Source: InternVideo2 `inflate_weight` of the patch embedding.
+    """
+    if centre:
+        parts = [kernel if i == tubelet // 2 else np.zeros_like(kernel) for i in range(tubelet)]
+    else:
+        parts = [kernel / tubelet] * tubelet
+    return np.concatenate(parts).astype(kernel.dtype)

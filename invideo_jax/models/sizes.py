@@ -45,6 +45,40 @@ VIDEO_MAE: dict[str, VideoMAESize] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoSize:
+    """One row: D, layers, heads K, MLP width F; patch side; the attention pool's heads and width P.
+
+    `params` is the number of parameters with the pool and the published 8 frames, None for sizes
+    that nobody published; `trunk_params` the same without the pool.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    patch: int = 14
+    pool_heads: int = 16
+    pool_width: int = 768
+    trunk_params: int | None = None
+    params: int | None = None
+
+
+_Video = VideoSize
+
+# Source: OpenGVLab/InternVideo, InternVideo2/single_modality/models. Micro and Mini are this
+# project's own, for CPUs.
+INTERNVIDEO2: dict[str, VideoSize] = {
+    "Micro": _Video(48, 3, 3, 96, 8, 4, 32),
+    "Mini": _Video(128, 4, 4, 512, 8, 4, 128),
+    "S": _Video(384, 12, 6, 1536, 14, 16, 768, 22_302_336, 23_043_840),
+    "B": _Video(768, 12, 12, 3072, 14, 16, 768, 87_072_000, 89_438_976),
+    "L": _Video(1024, 24, 16, 4096, 14, 16, 768, 304_987_136, 308_929_280),
+    "1B": _Video(1408, 40, 16, 6144, 14, 16, 768, 1_013_666_432, 1_020_708_608),
+    "6B": _Video(3200, 48, 25, 12800, 14, 16, 768, 5_908_528_000, 5_941_735_168),
+}
+
+
 def video_mae(size: str) -> VideoMAESize:
     """The row called `size`.
 
@@ -56,3 +90,17 @@ def video_mae(size: str) -> VideoMAESize:
             f"The model size must be a row of the table; got size={size!r}.{nearest(size, VIDEO_MAE)}"
         )
     return VIDEO_MAE[size]
+
+
+def internvideo2(size: str) -> VideoSize:
+    """The row of `INTERNVIDEO2` called `size`.
+
+    Raises:
+        UserError: unknown size.
+    """
+    if size not in INTERNVIDEO2:
+        raise UserError(
+            "The model size must be a row of the table; got "
+            f"size={size!r}.{nearest(size, INTERNVIDEO2)}"
+        )
+    return INTERNVIDEO2[size]
