@@ -50,7 +50,7 @@ def test_layer_scale_has_names_in_the_original_only():
     params = random_params(small(layer_scale=0.1))
     state = to_state_dict(params, layout="videomae", cube=CUBE)
     np.testing.assert_array_equal(
-        state["encoder.blocks.1.gamma_2"], params["encoder"]["blocks"]["scale2"][1]
+        state["encoder.blocks.1.gamma_2"], params["encoder"]["stack"]["blocks"]["scale2"][1]
     )
     with pytest.raises(UserError, match="they differ in decoder/blocks/scale1"):
         to_state_dict(params, layout="videomae_hf", cube=CUBE)
@@ -59,7 +59,7 @@ def test_layer_scale_has_names_in_the_original_only():
 def test_kernels_are_turned_as_the_convention_says():
     params = random_params(small())
     state = to_state_dict(params, layout="videomae", cube=CUBE)
-    attention = params["encoder"]["blocks"]["attention"]
+    attention = params["encoder"]["stack"]["blocks"]["attention"]
     fused = np.concatenate([attention[n]["kernel"][1].T for n in ("query", "key", "value")])
     np.testing.assert_array_equal(state["encoder.blocks.1.attn.qkv.weight"], fused)
     conv, kernel = (
