@@ -3,102 +3,56 @@
 Teachers stand beside the train state and are saved with no checkpoint: a run only keeps their digest.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from invideo_jax import digests, handover, sharding
 from invideo_jax.errors import UserError
+from invideo_jax.programs.base import Frozen, Teacher
 
 PyTree = Any
+Batch = Mapping[str, jax.Array]
+Teach = Callable[[Batch], Batch]
 RANDOM = "random:"
 
 
-def seed_of(source: str, *, key: str = "source") -> int | None:
-    """S of 'random:S'; None for a folder.
+def place(teacher: Teacher, mesh: Mesh, *, key: str = "stages.NAME.teachers") -> dict[str, PyTree]:
+    """The parameters of all models of a teacher, by name, each array on its devices.
 
-    Raises:
-        UserError: neither.
-    """
-    if not source:
-        raise UserError(
-            f"{key} must say where the teacher's weights are; got an empty one. Give a folder that "
-            "python -m invideo_jax.interop.from_torch wrote, a workdir, or 'random:0' to try things out."
-        )
-    if not source.startswith(RANDOM):
-        return None
-    if not source.removeprefix(RANDOM).isdecimal():
-        raise UserError(f"{key} must be a folder or 'random:SEED'; got {source!r}.")
-    return int(source.removeprefix(RANDOM))
-
-
-def identity(source: str, *, key: str = "source") -> str:
-    """16 hex digits of where weights come from; reads only what stands beside them.
-
-    Of an imported folder those of its files' hashes, of a workdir its checkpoint's digest.
-    """
-    if seed_of(source, key=key) is not None:
-        said: Any = source
-    else:
-        said = handover.open_source(source, key=key).about["digest"]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def place(
-    init_params: Callable[[], PyTree],
-    sources: Mapping[str, str],
-    mesh: Mesh,
-    *,
-    dtype: jnp.dtype = jnp.float32,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    key: str = "stages.NAME.teachers",
-) -> PyTree:
-    """The parameters of all teachers on their devices; no process ever holds a whole one.
+    They come in the dtype that `init_params` gives. No process ever holds a whole model.
 
     Args:
-        init_params: () -> boxed parameters, {teacher: tree}; those of 'random:SEED' are computed by it.
-        sources: teacher -> folder that `from_torch` wrote, workdir, or 'random:SEED'.
-        mesh: devices; parameters lie as those of the student.
-        dtype: what floating-point parameters are kept in.
-        options: teacher -> further arguments of `handover.plan`.
+        mesh: devices; parameters lie on it as those of the student.
         key: config key that messages name.
+
+    Raises:
+        UserError: no such source, or one that does not fit the model.
     """
-    boxed = jax.eval_shape(init_params)
-    where = sharding.param_shardings(boxed, mesh)
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, _kept(x.dtype, dtype), sharding=s),
-        sharding.unbox(boxed),
-        where,
-    )
-    placed = {}
     with sharding.use(mesh):
-        for name, wanted in target.items():
-            at = f"{key}.{name}"
-            if seed_of(sources[name], key=f"{at}.source") is not None:
-                placed[name] = _random(init_params, name, wanted)
-                continue
-            found = handover.open_source(sources[name], key=at)
-            more = (options or {}).get(name, {})
-            table = handover.plan(wanted, found.shapes, about=found.about, key=at, **more)
-            placed[name] = handover.apply(table, found.get, lambda n=name: init_params()[n])
-    return placed
+        return {name: _place(f"{key}.{name}", m, mesh) for name, m in teacher.models.items()}
 
 
-def _kept(have: jnp.dtype, dtype: jnp.dtype) -> jnp.dtype:
-    return dtype if jnp.issubdtype(have, jnp.floating) else have
-
-
-def _random(init_params: Callable[[], PyTree], name: str, wanted: PyTree) -> PyTree:
-    def make() -> PyTree:
-        tree = sharding.unbox(init_params())[name]
-        return jax.tree.map(lambda x, want: x.astype(want.dtype), tree, wanted)
-
-    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))()
+def _place(key: str, model: Frozen, mesh: Mesh) -> PyTree:
+    boxed = jax.eval_shape(model.init_params)
+    wanted = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        sharding.unbox(boxed),
+        sharding.param_shardings(boxed, mesh),
+    )
+    if model.source.startswith(RANDOM):
+        where = jax.tree.map(lambda x: x.sharding, wanted)
+        return jax.jit(lambda: sharding.unbox(model.init_params()), out_shardings=where)()
+    if not model.source:
+        raise UserError(
+            f"{key}.source must say where the teacher's weights are; got an empty one. Give a folder that "
+            "python -m invideo_jax.interop.from_torch wrote, a workdir, or 'random:0' to try things out."
+        )
+    found = handover.open_source(model.source, key=key)
+    table = handover.plan(wanted, found.shapes, about=found.about, key=key, **model.options)
+    return handover.apply(table, found.get, model.init_params)
 
 
 def digest(params: PyTree) -> str:
@@ -117,3 +71,14 @@ def digest(params: PyTree) -> str:
     return digests.combined(
         {name: (*digests.specification(leaf), found[name]) for name, leaf in leaves.items()}
     )
+
+
+def function(teacher: Teacher, params: Mapping[str, PyTree]) -> Teach:
+    """A batch -> the batch with the teacher's entries; call it under `sharding.use(mesh)`."""
+    apply = jax.jit(teacher.apply)
+    return lambda batch: dict(batch) | apply(params, batch)
+
+
+def nothing() -> Teach:
+    """What a stage without a teacher does to a batch: nothing."""
+    return lambda batch: batch
