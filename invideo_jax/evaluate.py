@@ -106,12 +106,10 @@ def _train_sources(config):
 
 def _teach(program: programs.Program, mesh: jax.sharding.Mesh, digest: str):
     """What adds the teacher's entries to a batch; UserError for another teacher than the run's."""
-    if program.teacher is None:
-        return teaching.nothing()
-    params = teaching.place(program.teacher, mesh)
-    if (found := teaching.digest(params)) != digest:
+    teach, found = teaching.start(program.teacher, mesh)
+    if found != digest:
         raise UserError(f"The run's teacher must be there (digest {digest}); got {found}.")
-    return teaching.function(program.teacher, params)
+    return teach
 
 
 def _parameters(folder: pathlib.Path, step: int | None, which: str | None):

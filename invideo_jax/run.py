@@ -34,6 +34,8 @@ from invideo_jax.data.sources import count_overlap
 from invideo_jax.errors import UserError
 from invideo_jax.state import TrainState
 
+Batch = dict[str, jax.Array]
+
 # Keys that may change from one start of a run to the next without being allowed by name: the training
 # does not depend on them (on `mesh` only by the order of floating-point sums).
 FREE_KEYS = (
@@ -214,26 +216,24 @@ class Run:
         self.window, self.pending = meta["window"], meta["pending"]
         self.teacher_digest = meta["teacher"]
 
-    def teacher_of(self, stage: stages.Stage) -> Callable[[teaching.Batch], teaching.Batch]:
+    def teacher_of(self, stage: stages.Stage) -> Callable[[Batch], Batch]:
         """What adds the teacher's entries to a batch of the stage; loads the teacher.
 
         Raises:
             UserError: another teacher than the one this stage was trained with before.
         """
         teacher, before = self.programs[stage.name].teacher, self.teacher_digest
-        self.teacher_digest = ""
-        if teacher is None:
-            return teaching.nothing()
-        params = teaching.place(teacher, self.mesh)
-        self.teacher_digest = teaching.digest(params)
-        sources = ", ".join(f"{name} {frozen.source}" for name, frozen in teacher.models.items())
-        self.say(f"Teacher of stage {stage.name}: {sources} (digest {self.teacher_digest})")
+        key = f"stages.{stage.name}.teachers"
+        teach, self.teacher_digest = teaching.start(teacher, self.mesh, key=key)
+        if teacher:
+            sources = ", ".join(f"{name} of {source}" for name, source in teacher.sources.items())
+            self.say(f"Teacher: {sources or 'features from disk'} (digest {self.teacher_digest})")
         if self.step > stage.first and before != self.teacher_digest:
             raise UserError(
                 f"Stage {stage.name} must go on with the teacher it was trained with, of digest {before}; "
                 f"got {self.teacher_digest}. Put those weights back, or use another workdir."
             )
-        return teaching.function(teacher, params)
+        return teach
 
     def _check_space(self, state: TrainState) -> None:
         """Raises unless the checkpoints that this run keeps will fit; only the first process looks."""

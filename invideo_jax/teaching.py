@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 
 from invideo_jax import digests, handover, sharding
 from invideo_jax.errors import UserError
+from invideo_jax.programs import Teacher
 from invideo_jax.programs.base import Frozen, Teacher
 
 PyTree = Any
+Batch = Mapping[str, jax.Array]
 Batch = Mapping[str, jax.Array]
 Teach = Callable[[Batch], Batch]
 RANDOM = "random:"
@@ -82,3 +84,24 @@ def function(teacher: Teacher, params: Mapping[str, PyTree]) -> Teach:
 def nothing() -> Teach:
     """What a stage without a teacher does to a batch: nothing."""
     return lambda batch: batch
+
+
+def start(
+    teacher: Teacher | None, mesh: Mesh, *, key: str = "stages.NAME.teachers"
+) -> tuple[Callable[[Batch], Batch], str]:
+    """Loads a stage's teacher.
+
+    Args:
+        teacher: of the stage's program; None for none.
+        mesh: devices.
+        key: config key that messages name.
+
+    Returns:
+        What adds the teacher's entries to a device batch, and the digest of its weights ('' for none).
+    """
+    if teacher is None:
+        return lambda batch: batch, ""
+    kept = dict(dtype=teacher.dtype, options=teacher.options)
+    params = place(teacher.init_params, teacher.sources, mesh, key=key, **kept)
+    apply = jax.jit(teacher.apply)
+    return lambda batch: {**batch, **apply(params, batch)}, digest(params)
