@@ -226,7 +226,9 @@ class Run:
         key = f"stages.{stage.name}.teachers"
         teach, self.teacher_digest = teaching.start(teacher, self.mesh, key=key)
         if teacher:
-            sources = ", ".join(f"{name} of {source}" for name, source in teacher.sources.items())
+            sources = ", ".join(
+                f"{name} of {frozen.source}" for name, frozen in teacher.models.items()
+            )
             self.say(f"Teacher: {sources or 'features from disk'} (digest {self.teacher_digest})")
         if self.step > stage.first and before != self.teacher_digest:
             raise UserError(

@@ -11,11 +11,9 @@ from jax.sharding import Mesh
 
 from invideo_jax import digests, handover, sharding
 from invideo_jax.errors import UserError
-from invideo_jax.programs import Teacher
-from invideo_jax.programs.base import Frozen, Teacher
+from invideo_jax.programs import Frozen, Teacher
 
 PyTree = Any
-Batch = Mapping[str, jax.Array]
 Batch = Mapping[str, jax.Array]
 Teach = Callable[[Batch], Batch]
 RANDOM = "random:"
@@ -75,20 +73,9 @@ def digest(params: PyTree) -> str:
     )
 
 
-def function(teacher: Teacher, params: Mapping[str, PyTree]) -> Teach:
-    """A batch -> the batch with the teacher's entries; call it under `sharding.use(mesh)`."""
-    apply = jax.jit(teacher.apply)
-    return lambda batch: dict(batch) | apply(params, batch)
-
-
-def nothing() -> Teach:
-    """What a stage without a teacher does to a batch: nothing."""
-    return lambda batch: batch
-
-
 def start(
     teacher: Teacher | None, mesh: Mesh, *, key: str = "stages.NAME.teachers"
-) -> tuple[Callable[[Batch], Batch], str]:
+) -> tuple[Teach, str]:
     """Loads a stage's teacher.
 
     Args:
@@ -97,11 +84,10 @@ def start(
         key: config key that messages name.
 
     Returns:
-        What adds the teacher's entries to a device batch, and the digest of its weights ('' for none).
+        What adds the teacher's entries to a device batch (call it under `sharding.use(mesh)`), and the
+        digest of its weights ('' for none).
     """
     if teacher is None:
         return lambda batch: batch, ""
-    kept = dict(dtype=teacher.dtype, options=teacher.options)
-    params = place(teacher.init_params, teacher.sources, mesh, key=key, **kept)
-    apply = jax.jit(teacher.apply)
-    return lambda batch: {**batch, **apply(params, batch)}, digest(params)
+    params, apply = place(teacher, mesh, key=key), jax.jit(teacher.apply)
+    return lambda batch: dict(batch) | apply(params, batch), digest(params)

@@ -35,27 +35,36 @@ EVAL_STREAM = 1  # what the stage's key is folded with, so that evaluation draws
 
 
 @dataclasses.dataclass(frozen=True)
+class Frozen:
+    """One frozen model.
+
+    Attributes:
+        source: where its weights are: what `handover.read` takes, or 'random:SEED'.
+        init_params: () -> boxed parameters; gives shapes and logical axes, and with 'random:SEED'
+            the weights themselves.
+        options: further keyword arguments of `handover.read` (renaming, old frames).
+    """
+
+    source: str
+    init_params: Callable[[], PyTree]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Teacher:
     """Frozen models that add to each batch what the loss compares with.
 
-    Their parameters are placed on the devices like those of the student (`teaching.place`); they are
-    in no checkpoint, which only keeps their digest.
+    Their parameters are placed on the devices like those of the student; they are in no checkpoint,
+    which only keeps their digest.
 
     Attributes:
-        init_params: () -> {name: boxed parameters} of all models; gives shapes and logical axes, and
-            the weights of those whose source is 'random:SEED'.
-        sources: name -> where its weights are: 'random:SEED', or what `handover.open_source` takes.
+        models: by name.
         apply: ({name: parameters}, batch) -> further entries of the batch, [B, ...] each. It is jitted,
             and runs before the train step, over the whole batch.
-        dtype: what floating-point weights are kept in.
-        options: name -> further arguments of `handover.plan`.
     """
 
-    init_params: Callable[[], dict[str, PyTree]]
-    sources: Mapping[str, str]
+    models: Mapping[str, Frozen]
     apply: Callable[[Mapping[str, PyTree], Batch], dict[str, jax.Array]]
-    dtype: jnp.dtype = jnp.float32
-    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +130,8 @@ class Program:
         batch = self._from_loader()
         if self.teacher is None:
             return batch
-        params = nn.unbox(jax.eval_shape(self.teacher.init_params))
+        models = self.teacher.models.items()
+        params = {name: nn.unbox(jax.eval_shape(frozen.init_params)) for name, frozen in models}
         return batch | jax.eval_shape(self.teacher.apply, params, batch)
 
     def _from_loader(self) -> dict[str, jax.ShapeDtypeStruct]:
