@@ -4,13 +4,21 @@ A layout is a list of rows in the order of the published state dict; each family
 """
 
 from invideo_jax.errors import UserError
-from invideo_jax.interop.names import teachers, videomae
+from invideo_jax.interop.names import (
+    clip,
+    internvideo1_multimodal,
+    internvideo2_stage2,
+    teachers,
+    videomae,
+)
 from invideo_jax.interop.names.rows import Layout, Row
 from invideo_jax.registry import nearest
 
 __all__ = ["LAYOUTS", "Layout", "Row", "get"]
 
 LAYOUTS: dict[str, Layout] = {
+    **clip.LAYOUTS,
+    **internvideo1_multimodal.LAYOUTS,
     **teachers.LAYOUTS,
     **videomae.LAYOUTS,
     **internvideo2_stage2.LAYOUTS,
