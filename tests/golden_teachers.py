@@ -14,7 +14,6 @@ from invideo_jax.models.video_encoder import VideoEncoder
 from invideo_jax.models.video_mae import VideoMAEEncoder
 from tests.golden import Outcome, Tensors
 
-_NOTHING = (0, 0.0, False, None)
 _VISION = {  # theirs -> ours
     "in_chans": "channels",
     "patch_size": "patch",
@@ -142,19 +141,14 @@ def run_video_mae(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) 
     return Outcome(tensors | {"in/pos_embed": table[None]}, back, normalised=unit)
 
 
-def _is_internvl(meta: Mapping[str, Any]) -> bool:
+def _is_internvl(meta: Mapping[str, Any], tensors: Tensors) -> bool:
     config = meta.get("config", {})
-    return "return_attn" in config and "clip_embed_dim" in config and "num_frames" not in config
+    return "clip_return_layer" in config and "num_frames" not in config and "out/attn" in tensors
 
 
-FAMILIES = [
-    (lambda meta, tensors: _is_internvl(meta), run_internvl),
-    (
-        lambda meta, tensors: (
-            "mae_return_layer" in meta.get("config", {})
-            and "embed_dim" in meta["config"]
-            and "clip_embed_dim" not in meta["config"]
-        ),
-        run_video_mae,
-    ),
-]
+def _is_video_mae(meta: Mapping[str, Any], tensors: Tensors) -> bool:
+    config = meta.get("config", {})
+    return "mae_return_layer" in config and "clip_embed_dim" not in config
+
+
+FAMILIES = [(_is_internvl, run_internvl), (_is_video_mae, run_video_mae)]

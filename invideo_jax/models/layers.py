@@ -142,6 +142,7 @@ class Attention(nn.Module):
         key_bias: bias on keys, which changes something only where keys are normalised.
         qk_norm: RMSNorm of queries and keys over all heads together.
         kernel_init: of all four kernels; None for Xavier-uniform.
+        attend: how tokens attend, with the interface of `attention.attend`.
     """
 
     heads: int
@@ -152,6 +153,7 @@ class Attention(nn.Module):
     eps: float = 1e-6
     kernel_init: Initializer | None = None
     dtype: Any = jnp.float32
+    attend: Callable[..., jax.Array] = attend
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -173,7 +175,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             query = RMSNorm(self.eps, self.dtype, name="query_norm")(query)
             key = RMSNorm(self.eps, self.dtype, name="key_norm")(key)
-        mixed = attend(query, key, value, heads=self.heads, scale=self.scale)
+        mixed = self.attend(query, key, value, heads=self.heads, scale=self.scale)
         out = functools.partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
         return out(width, ("heads", "embed"), name="out")(mixed)
 
@@ -217,6 +219,7 @@ class Block(nn.Module):
         layer_scale: initial value of a learned factor on each branch; 0 for none.
         layer_scale_float32: whether that product is made in float32 and then cast.
         kernel_init: of all kernels; None for Xavier-uniform.
+        attend: of `Attention`.
     """
 
     heads: int
@@ -232,6 +235,7 @@ class Block(nn.Module):
     layer_scale_float32: bool = True
     kernel_init: Initializer | None = None
     dtype: Any = jnp.float32
+    attend: Callable[..., jax.Array] = attend
 
     @nn.compact
     def __call__(
@@ -248,6 +252,7 @@ class Block(nn.Module):
             self.eps,
             self.kernel_init,
             self.dtype,
+            self.attend,
             name="attention",
         )
         mlp = Mlp(self.mlp_width, self.activation, self.kernel_init, self.dtype, name="mlp")

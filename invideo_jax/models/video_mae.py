@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from invideo_jax.models import pixels, positions, sizes
+from invideo_jax.models.attention import attend
 from invideo_jax.models.checks import check_multiple
 from invideo_jax.models.layers import Block, Initializer, LayerNorm, Linear, Stack, named
 from invideo_jax.sharding import constrain
@@ -34,6 +35,7 @@ class VideoMAEEncoder(nn.Module):
         layer_scale: initial value of learned branch factors; 0 for none.
         drop_path: rate of the last block.
         scan, remat, dtype: how blocks run and what they compute in; they change no parameter.
+        attend: how tokens attend, with the interface of `attention.attend`.
     """
 
     width: int
@@ -56,6 +58,7 @@ class VideoMAEEncoder(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    attend: Callable[..., jax.Array] = attend
 
     @property
     def prefix(self) -> int:
@@ -249,6 +252,7 @@ def _blocks(encoder: VideoMAEEncoder, heads: int, mlp_width: int) -> Callable[..
         eps=encoder.eps,
         layer_scale=encoder.layer_scale,
         dtype=encoder.dtype,
+        attend=encoder.attend,
     )
 
 
