@@ -16,8 +16,8 @@ from invideo_jax.errors import UserError
 from invideo_jax.models import pixels
 from invideo_jax.models.attention import attend
 from invideo_jax.models.checks import check_multiple
-from invideo_jax.models.layers import LayerNorm, Linear, Mlp, Stack, drop_path, named, xavier
-from invideo_jax.sharding import constrain
+from invideo_jax.models.layers import Block, LayerNorm, Linear, Stack, named, xavier
+from invideo_jax.registry import nearest
 
 PyTree = Any
 
@@ -59,35 +59,6 @@ class MultiHead(nn.Module):
         return out(mixed)
 
 
-class ClipBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), as CLIP has it: with a bias on keys."""
-
-    heads: int
-    mlp_width: int
-    activation: str = "gelu_quick"
-    eps: float = 1e-5
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, keys: jax.Array | None = None, rate: jax.Array | float = 0.0
-    ) -> jax.Array:
-        """`x` [B, N, D]; `keys` [B] drop paths at `rate`, None keeps all."""
-        x = constrain(x, "batch", "tokens", "act_embed")
-        y = LayerNorm(self.eps, self.dtype, name="norm1")(x)
-        y = MultiHead(self.heads, dtype=self.dtype, name="attention")(y)
-        x = x + _dropped(y, keys, 0, rate)
-        y = LayerNorm(self.eps, self.dtype, name="norm2")(x)
-        y = Mlp(self.mlp_width, self.activation, self.dtype, name="mlp")(y)
-        return constrain(x + _dropped(y, keys, 1, rate), "batch", "tokens", "act_embed")
-
-
-def _dropped(branch, keys, which, rate):
-    if keys is None:
-        return branch
-    return drop_path(branch, jax.vmap(lambda k: jax.random.fold_in(k, which))(keys), rate)
-
-
 class ClipViT(nn.Module):
     """CLIP's image encoder on videos.
 
@@ -97,7 +68,7 @@ class ClipViT(nn.Module):
     Attributes:
         width, depth, heads, mlp_width: D, blocks, K, F.
         embed: width of the shared space, P; 0: `project` ends after its LayerNorm.
-        frames, image_size: T, and H = W; an image is a video of T=1.
+        frames, image_size: T, and H = W. Frame by frame, videos of one frame are taken too.
         joint: attend over all frames at once, with a learned table of times; else frame by frame.
         normalisation: constants that uint8 videos are normalised with.
         drop_path: rate of the last block.
@@ -170,7 +141,13 @@ class ClipViT(nn.Module):
         self.norm_pre = LayerNorm(self.eps, self.dtype)
         self.stack = Stack(
             functools.partial(
-                ClipBlock, self.heads, self.mlp_width, self.activation, self.eps, self.dtype
+                Block,
+                self.heads,
+                self.mlp_width,
+                key_bias=True,
+                activation=self.activation,
+                eps=self.eps,
+                dtype=self.dtype,
             ),
             self.depth,
             scan=self.scan,
@@ -206,16 +183,18 @@ class ClipViT(nn.Module):
             of the same shape.
         """
         x = self.embedded(video, visible)
-        y, out = self.stack(x, keys=self._row_keys(keys), features=features)
-        out = {"embedded": x} | out
-        return self.joined(y), {name: self.joined(value) for name, value in out.items()}
+        frames = video.shape[1]
+        y, out = self.stack(x, keys=self._row_keys(keys, frames), features=features)
+        join = lambda x: self.joined(x, frames)
+        return join(y), {name: join(value) for name, value in ({"embedded": x} | out).items()}
 
     def embedded(self, video: jax.Array, visible: jax.Array | None = None) -> jax.Array:
         """What the first block takes: [B*T, 1+V/T, D], or with `joint` [B, 1+V, D]."""
-        pixels.check_video(video, self)
-        t, h, w = self.grid
+        t, (_, h, w) = video.shape[1], self.grid
+        if t != 1 or self.joint:
+            pixels.check_video(video, self)
         cubes = pixels.visible_cubes(video, visible, self)
-        ids = jnp.arange(self.tokens)[None] if visible is None else visible
+        ids = jnp.arange(t * h * w)[None] if visible is None else visible
         table = self.position_embedding.astype(self.dtype)
         x = self.patch_embed(cubes) + jnp.take(table[1:], ids % (h * w), axis=0)
         if self.joint:
@@ -232,19 +211,19 @@ class ClipViT(nn.Module):
         """Blocks span[0] .. span[1]-1 of what `embedded` gives; nothing is dropped."""
         return self.stack(x, span=span)[0]
 
-    def joined(self, x: jax.Array) -> jax.Array:
+    def joined(self, x: jax.Array, frames: int) -> jax.Array:
         """From the blocks' layout to [B, prefix+V, D], class tokens first."""
         if self.joint:
             return x
-        x = rearrange(x, "(b t) n d -> b t n d", t=self.frames)
+        x = rearrange(x, "(b t) n d -> b t n d", t=frames)
         return jnp.concatenate([x[:, :, 0], rearrange(x[:, :, 1:], "b t n d -> b (t n) d")], axis=1)
 
-    def split(self, tokens: jax.Array) -> jax.Array:
+    def split(self, tokens: jax.Array, frames: int) -> jax.Array:
         """The inverse of `joined`."""
         if self.joint:
             return tokens
-        cls, x = tokens[:, : self.frames, None], tokens[:, self.frames :]
-        x = jnp.concatenate([cls, rearrange(x, "b (t n) d -> b t n d", t=self.frames)], axis=2)
+        cls, x = tokens[:, :frames, None], tokens[:, frames:]
+        x = jnp.concatenate([cls, rearrange(x, "b (t n) d -> b t n d", t=frames)], axis=2)
         return rearrange(x, "b t n d -> (b t) n d")
 
     def project(self, tokens: jax.Array) -> jax.Array:
@@ -253,13 +232,13 @@ class ClipViT(nn.Module):
         return self.projection(x) if self.embed else x
 
     def pooled(self, tokens: jax.Array) -> jax.Array:
-        """Class tokens in the shared space, averaged over frames: [B, P] from [B, prefix+V, D]."""
+        """Class tokens in the shared space, averaged over T frames: [B, P] from [B, prefix+V, D]."""
         return self.project(tokens[:, : self.prefix]).mean(axis=1)
 
-    def _row_keys(self, keys):
+    def _row_keys(self, keys, frames):
         if keys is None or self.joint:
             return keys
-        times = jnp.arange(self.frames)
+        times = jnp.arange(frames)
         each = jax.vmap(lambda key: jax.vmap(lambda t: jax.random.fold_in(key, t))(times))(keys)
         return each.reshape(-1)
 
@@ -293,7 +272,9 @@ def class_attention(model: ClipViT, params: PyTree, tokens: jax.Array) -> jax.Ar
     Source: UMT (arXiv:2303.16058) 3.2, where it decides which tokens stay visible.
     """
     last = jax.tree.map(lambda p: p[-1], params["stack"]["blocks"])
-    x = LayerNorm(model.eps, model.dtype).apply({"params": last["norm1"]}, model.split(tokens))
+    x = LayerNorm(model.eps, model.dtype).apply(
+        {"params": last["norm1"]}, model.split(tokens, model.frames)
+    )
     linear = lambda name, y: (
         y @ last["attention"][name]["kernel"].astype(model.dtype)
         + last["attention"][name]["bias"].astype(model.dtype)
@@ -306,10 +287,22 @@ def class_attention(model: ClipViT, params: PyTree, tokens: jax.Array) -> jax.Ar
     return weights.reshape(len(tokens), -1)
 
 
-# Width, blocks, heads, MLP width, patch, shared width; source: CLIP (arXiv:2103.00020), table 20.
-# Micro is this project's own, for tests.
-SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
-    "Micro": (48, 4, 4, 192, 8, 24),
-    "B": (768, 12, 12, 3072, 16, 512),
-    "L": (1024, 24, 16, 4096, 14, 768),
+# Source: CLIP (arXiv:2103.00020), table 20. Micro is this project's own, for tests.
+SIZES: dict[str, dict[str, int]] = {
+    "Micro": dict(width=48, depth=4, heads=4, mlp_width=192, patch=8, embed=24),
+    "B": dict(width=768, depth=12, heads=12, mlp_width=3072, patch=16, embed=512),
+    "L": dict(width=1024, depth=24, heads=16, mlp_width=4096, patch=14, embed=768),
 }
+
+
+def build(size: str, /, **overrides: Any) -> ClipViT:
+    """The model of a row of `SIZES`; `overrides` are attributes of `ClipViT`.
+
+    Raises:
+        UserError: unknown size. TypeError: unknown attribute.
+    """
+    if size not in SIZES:
+        raise UserError(
+            f"The model size must be a row of the table; got size={size!r}.{nearest(size, SIZES)}"
+        )
+    return ClipViT(**(SIZES[size] | overrides))

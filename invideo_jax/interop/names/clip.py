@@ -46,7 +46,7 @@ def visual(theirs: str, ours: str, conv: str) -> tuple[Row, ...]:
     rows = (
         Row("class_embedding", ("cls_token",)),
         Row("positional_embedding", ("position_embedding",)),
-        Row("temporal_positional_embedding", ("position_temporal",), "rows", optional=True),
+        Row("temporal_positional_embedding", ("position_temporal",), "table", optional=True),
         Row("proj", ("projection/kernel",), optional=True),
         Row("conv1.weight", ("patch_embed/kernel",), conv),
         *norm("ln_pre", "norm_pre"),
@@ -58,13 +58,13 @@ def visual(theirs: str, ours: str, conv: str) -> tuple[Row, ...]:
 
 LAYOUTS: dict[str, Layout] = {
     # openai/CLIP, the vision half; and that of ViCLIP, whose convolution has a dimension of time.
-    "clip_visual": Layout(visual("visual.", "", "conv2d")),
+    "clip_visual": Layout(visual("visual.", "", "conv2")),
     "viclip_visual": Layout(visual("vision_encoder.", "", "conv")),
     # transformers, CLIPVisionModel and CLIPVisionModelWithProjection; version 5 has no prefix.
     "clip_visual_hf": Layout(
         (
             Row("embeddings.class_embedding", ("cls_token",)),
-            Row("embeddings.patch_embedding.weight", ("patch_embed/kernel",), "conv2d"),
+            Row("embeddings.patch_embedding.weight", ("patch_embed/kernel",), "conv2"),
             Row("embeddings.position_embedding.weight", ("position_embedding",)),
             *norm("pre_layrnorm", "norm_pre"),
             *_hf_blocks("encoder.layers", "stack"),
