@@ -1,0 +1,241 @@
+"""An encoder with heads that predict teachers' features of the visible tokens.
+
+Source: InternVideo2 (arXiv:2403.15377) 3.2; OpenGVLab/InternVideo internvideo2_pretrain.py and
+internvideo2_distill.py; the stage-2 model's vision encoder.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from invideo_jax import losses
+from invideo_jax.errors import UserError
+from invideo_jax.models import video_encoder
+from invideo_jax.models.layers import LayerNorm, Linear, activation
+from invideo_jax.models.video_encoder import NORMAL, VideoEncoder, declare_tables, table_rows
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsSpec:
+    """Heads on features of several blocks, one each.
+
+    Attributes:
+        blocks: of the encoder, ascending; teachers' features are paired with them in this order.
+        width: C, of the teacher's features.
+        mlp: Linear, GELU, Linear instead of one Linear.
+        normalise: whether results have length 1.
+    """
+
+    blocks: tuple[int, ...]
+    width: int
+    mlp: bool = False
+    normalise: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalSpec:
+    """The head on the pooled vector; attributes as in `HeadsSpec`."""
+
+    width: int
+    mlp: bool = False
+    normalise: bool = True
+
+
+def last_blocks(depth: int, count: int, interval: float = 1) -> tuple[int, ...]:
+    """`count` blocks, ascending: depth - 1 - int(i * interval) for i = count - 1 .. 0.
+
+    Raises:
+        UserError: that leaves the encoder, or names a block twice.
+    """
+    found = tuple(depth - 1 - int(i * interval) for i in reversed(range(count)))
+    if not found or found[0] < 0 or len(set(found)) < count:
+        raise UserError(
+            f"The features must come from different blocks of 0..{depth - 1}; got count={count}, "
+            f"interval={interval}. Ask for fewer, or another interval."
+        )
+    return found
+
+
+class Head(nn.Module):
+    """Linear (or Linear, GELU, Linear), LayerNorm, length 1; the result is at least float32.
+
+    Source: InternVideo2 `Linear_Decoder`, `MLP_Decoder`.
+    """
+
+    width: int
+    mlp: bool = False
+    normalise: bool = True
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., C]."""
+        inner = "embed"
+        if self.mlp:
+            inner = "mlp"
+            hidden = Linear(
+                x.shape[-1], ("embed", "mlp"), "mlp", NORMAL, dtype=self.dtype, name="hidden"
+            )
+            x = activation("gelu")(hidden(x))
+        outer = "embed" if self.mlp else None
+        x = Linear(self.width, (inner, outer), kernel_init=NORMAL, dtype=self.dtype, name="out")(x)
+        x = LayerNorm(self.eps, jnp.promote_types(self.dtype, jnp.float32), name="norm")(x)
+        return losses.unit(x) if self.normalise else x
+
+
+# The same head for each of several features: parameters [K, ...], [K, B, V, D] to [B, K, V, C].
+Heads = nn.vmap(
+    Head,
+    in_axes=0,
+    out_axes=1,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    metadata_params={nn.PARTITION_NAME: "layers"},
+)
+
+
+class AlignedEncoder(nn.Module):
+    """The student of unmasked-token alignment, and the vision encoder of stage 2.
+
+    Attributes:
+        encoder: has the tables' grid; its blocks are named by the heads.
+        clip: heads on class token and patches; None for none.
+        final: head on the pooled vector; None for none.
+        mae: heads on patches alone; None for none.
+    """
+
+    encoder: VideoEncoder
+    clip: HeadsSpec | None = None
+    final: FinalSpec | None = None
+    mae: HeadsSpec | None = None
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t, h, w) of the encoder."""
+        return self.encoder.grid
+
+    @property
+    def prefix(self) -> int:
+        """Class tokens in front of the patches."""
+        return self.encoder.prefix
+
+    def setup(self):
+        self.check()
+        heads = lambda make, spec: make(
+            spec.width, spec.mlp, spec.normalise, dtype=self.encoder.dtype
+        )
+        if self.clip:
+            self.clip_tables = declare_tables(self, self.encoder, "clip_")
+            self.clip_heads = heads(Heads, self.clip)
+        if self.final:
+            self.final_head = heads(Head, self.final)
+        if self.mae:
+            self.mae_tables = declare_tables(self, self.encoder, "mae_", class_token=False)
+            self.mae_heads = heads(Heads, self.mae)
+
+    def __call__(
+        self,
+        video: jax.Array,
+        visible: jax.Array | None = None,
+        *,
+        keys: jax.Array | None = None,
+        features: Sequence[int] = (),
+    ) -> dict[str, jax.Array]:
+        """Predictions of the teachers' features.
+
+        Args as in `VideoEncoder.__call__`.
+
+        Returns:
+            'tokens' [B, 1+V, D]; with a pool 'pooled' [B, P]; with these heads 'clip_middle'
+            [B, K, 1+V, C], 'clip_final' [B, C], 'mae' [B, K, V, C]; and what the encoder names.
+        """
+        wanted = set(features)
+        for spec in (self.clip, self.mae):
+            wanted.update(spec.blocks if spec else ())
+        tokens, out = self.encoder(video, visible, keys=keys, features=sorted(wanted))
+        out = {"tokens": tokens} | out
+        image = self.encoder.is_image(video)
+        if self.clip:
+            x = jnp.stack([out[f"block{i}"] for i in self.clip.blocks])
+            rows = table_rows(self.clip_tables, self.encoder, visible, image=image)
+            out["clip_middle"] = self.clip_heads(x + rows.astype(x.dtype))
+        if self.mae:
+            x = jnp.stack([out[f"block{i}"] for i in self.mae.blocks])[:, :, self.prefix :]
+            rows = table_rows(self.mae_tables, self.encoder, visible, image=image)
+            out["mae"] = self.mae_heads(x + rows.astype(x.dtype))
+        if self.encoder.pool_width:
+            out["pooled"] = self.encoder.pooled(tokens)
+        if self.final:
+            out["clip_final"] = self.final_head(out["pooled"])
+        return out
+
+    def check(self) -> None:
+        """Raises UserError where attributes do not fit together; builds nothing."""
+        self.encoder.check()
+        for name in ("clip", "mae"):
+            spec, depth = getattr(self, name), self.encoder.depth
+            blocks = spec.blocks if spec else ()
+            if spec and (not blocks or not set(blocks) <= set(range(depth))):
+                raise UserError(
+                    f"{name}.blocks must name blocks of 0..{depth - 1}; got {name}.blocks={blocks}."
+                )
+            if any(b <= a for a, b in zip(blocks, blocks[1:])):
+                raise UserError(
+                    f"{name}.blocks must be ascending, as the teacher's features are; got "
+                    f"{name}.blocks={blocks}."
+                )
+        if self.final and not self.encoder.pool_width:
+            raise UserError("A final head needs the encoder's pool; got pool_width=0.")
+
+
+def build(
+    size: str,
+    /,
+    *,
+    clip_width: int = 3200,
+    clip_layers: int = 6,
+    clip_interval: float = 1,
+    final_width: int = 768,
+    mae_width: int = 1408,
+    mae_layers: int = 4,
+    mae_interval: float = 1,
+    mlp: bool = False,
+    **overrides: Any,
+) -> AlignedEncoder:
+    """A student of a row of `sizes.INTERNVIDEO2`; the defaults are those of stage 1.
+
+    Args:
+        clip_width, clip_layers, clip_interval: width of the first teacher's features, number of
+            heads, and distance of the student's blocks from the last one backwards. 0 layers: none.
+        final_width: of that teacher's final vector; 0 for no final head.
+        mae_width, mae_layers, mae_interval: the same of the second teacher.
+        mlp: whether the first teacher's heads are MLPs, as in distillation; the second's always are.
+        overrides: attributes of `VideoEncoder`.
+
+    Raises:
+        UserError: unknown size. TypeError: unknown attribute.
+    """
+    encoder = video_encoder.build(size, **overrides)
+    blocks = lambda layers, interval: last_blocks(encoder.depth, layers, interval)
+    clip = mae = final = None
+    if clip_layers:
+        clip = HeadsSpec(blocks(clip_layers, clip_interval), clip_width, mlp)
+    if mae_layers:
+        mae = HeadsSpec(blocks(mae_layers, mae_interval), mae_width, True)
+    if final_width:
+        final = FinalSpec(final_width, mlp)
+    return AlignedEncoder(encoder, clip, final, mae)
+
+
+def init(model: AlignedEncoder, key: jax.Array) -> PyTree:
+    """Fresh parameters, each in a box with the logical names of its axes."""
+    m = model.encoder
+    video = jnp.zeros((1, m.frames, m.image_size, m.image_size, m.channels))
+    return model.init(key, video, jnp.zeros((1, 1), jnp.int32))["params"]
