@@ -53,8 +53,12 @@ class BadLedger:
 
     A file cut short is used up to the cut. It is listed once, with the reason `truncated`, and is not counted as bad.
 
+    An example that hung is not tried again while it is listed, also by a later start: whether a read hangs may change from
+    one hour to the next, and the batches of a run that was stopped must stay those of one that was not.
+
     Args:
         file: list to append to, one JSON object a line; None: keep no list.
+        others: lists that other processes of the run keep; examples that hung are taken from them too.
         max_share: share of bad examples above which the run stops.
         min_count: the run never stops for this many bad files or fewer.
         total: examples of all sources together; more than these can't be distinct.
@@ -64,6 +68,7 @@ class BadLedger:
         counts: reason -> distinct bad files.
         notes: what is used all the same: `truncated` distinct files; `fallback` clips that had to be decoded from the
             start of their file; `padded` clips with repeated frames, of videos too short.
+        hanging: '<fingerprint of the source>#<number of the example>' of what hung -> its path.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class BadLedger:
         max_share: float = 0.01,
         min_count: int = 20,
         total: int | None = None,
+        others: Sequence[str | os.PathLike] = (),
     ):
         if not 0 <= max_share <= 1 or min_count < 0:
             raise ValueError(
@@ -86,7 +92,11 @@ class BadLedger:
         self.notes: collections.Counter[str] = collections.Counter()
         self._bad: dict[tuple[str, str], dict[str, str]] = {}
         self._cut: set[str] = set()
+        self.hanging: dict[str, str] = {}
         self._listed = self._read() if self.file else set()
+        for other in others:
+            with open(other, "rb") as lines:
+                self._parse(lines.read())
 
     def observe(self, info: Sequence[dict[str, Any]]) -> None:
         """Takes note of one batch.
@@ -113,6 +123,16 @@ class BadLedger:
             self._note(row)
         if len(self._bad) > self.min_count and self.share > self.max_share:
             raise TooManyBad(self._message())
+
+    def found_hanging(self, example: str, failure: dict[str, str]) -> None:
+        """Lists an example that hung, before any batch comes, so that a start after this one passes it over.
+
+        Args:
+            example: as in `hanging`.
+            failure: path, id, reason and detail, as `observe` will see them.
+        """
+        self.hanging[example] = failure["path"]
+        self._append(failure, example=example)
 
     def _note(self, row: dict[str, Any]) -> None:
         self.notes.update(name for name in ("fallback", "padded") if row.get(name))
@@ -157,20 +177,27 @@ class BadLedger:
             text = file.read()
             if text and not text.endswith(b"\n"):
                 file.write(b"\n")
+        return self._parse(text)
+
+    def _parse(self, text: bytes) -> set[tuple[str, str, str]]:
+        """What a list names; notes the examples in it that hung."""
         listed = set()
         for line in text.splitlines():
             try:
                 row = json.loads(line)
                 listed.add((row["path"], row["id"], row["reason"]))
+                if row["reason"] == "hanging":
+                    self.hanging[row["example"]] = row["path"]
             except (ValueError, KeyError, TypeError):
                 continue
         return listed
 
-    def _append(self, failure: dict[str, str]) -> None:
+    def _append(self, failure: dict[str, str], **more: str) -> None:
         key = (failure["path"], failure["id"], failure["reason"])
         if self.file is None or key in self._listed:
             return
-        line = (json.dumps(failure) + "\n").encode()
+        self._listed.add(key)
+        line = (json.dumps(failure | more) + "\n").encode()
         # One write with O_APPEND: lines of several processes don't mix, and a kill leaves whole lines.
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

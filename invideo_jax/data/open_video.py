@@ -37,6 +37,7 @@ REASONS = {
     "too_large": "more pixels in a picture than allowed",
     "too_long": "longer, or more frames, than allowed",
     "timeout": "reading or decoding took more CPU time than allowed",
+    "hanging": "reading did not come to an end",
     "codec": "no decoder for this codec in the installed PyAV",
 }
 
@@ -80,7 +81,7 @@ class Limits:
         decode_seconds: CPU time of the reading thread for listing the frames, and again for each
             decoding call; looked at between packets. Not wall time: which videos are bad must not
             depend on what else the machine does. A read that never returns is not noticed here;
-            the loader's `hang_seconds` is for that.
+            the loader's `read_seconds` is for that.
     """
 
     max_pixels: int = 10_000_000

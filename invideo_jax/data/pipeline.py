@@ -12,19 +12,21 @@ import gc
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from invideo_jax.data.bad import BadLedger, NoReplacement, stand_ins
 from invideo_jax.data.decode import BadVideo, Limits
-from invideo_jax.data.order import InTurn, Order, Place, stage_number
+from invideo_jax.data.hanging import GivenUp, Patience, call
+from invideo_jax.data.order import InTurn, Order, Place, Repeated, stage_number
 from invideo_jax.data.rows import LocalRows, WorkerDied, check_shared_memory, dataset, explain
 from invideo_jax.data.sources.base import Example, Source, SourceError
 from invideo_jax.data.transforms import ClipInfo, ClipSpec, load_clip
-from invideo_jax.data.workers import Board, hang_report, kill
+from invideo_jax.data.workers import Board, Busy, hang_report, kill
 
 __all__ = ["Batch", "DataStalled", "LoadExample", "Loader", "WorkerDied"]
 
@@ -46,16 +48,22 @@ class LoadExample:
 
     A bad video is replaced by another of its source, chosen by `stand_ins`, with the random numbers of the position; an
     evaluation (`replace=False`) gives an empty row instead, `valid` False.
+
+    `hanging` holds the examples that are not tried, because they hung before: (source, record) -> path. `given_up` tells
+    of one whether to stop waiting for it, where that is done in a thread of this process.
     """
 
     sources: tuple[Source, ...]
-    order: Order | InTurn
+    order: Order | InTurn | Repeated
     clip: ClipSpec
     limits: Limits
     seed: int
     stage: str
     replace: bool = True
     board: Board | None = None
+    hanging: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    given_up: Callable[[tuple[int, int]], bool] | None = None
+    read_seconds: float = 60.0
 
     def __call__(self, position: int) -> dict[str, Any]:
         """One row: `video` uint8 [T, S, S, 3] or None, `position`, `label`, `valid`, `info` (see `Loader`).
@@ -71,20 +79,25 @@ class LoadExample:
         for record in self._candidates(place):
             name = source.identify(record)
             info = {"id": name, "want": want or name, "source": source.name, "path": name}
+            which = (place.source, record)
             try:
-                with self._busy(name):
-                    example = source[record]
-                info |= {
-                    "id": example["id"],
-                    "want": want or example["id"],
-                    "path": example["path"],
-                }
-                with self._busy(example["path"]):
-                    video, made = self._decode(example, position)
+                with self._busy(name, *which) as note:
+                    example = self._wait(partial(source.__getitem__, record), which, name)
+                    note(example["path"])
+                    info |= {
+                        "id": example["id"],
+                        "want": want or example["id"],
+                        "path": example["path"],
+                    }
+                    video, made = self._wait(
+                        partial(self._decode, example, position), which, example["path"]
+                    )
                 info |= {"truncated": made.truncated, "fallback": made.fallback}
                 info["padded"] = made.padded
                 return self._row(position, video, example, info, failed)
             except BadVideo as bad:
+                if bad.reason == "hanging":  # the same whether the example was tried or not
+                    info |= {"id": name, "want": want or name}
                 info["path"] = bad.path or info["path"]
                 failed.append(
                     {
@@ -112,11 +125,23 @@ class LoadExample:
             for _, record in zip(range(_TRIES), others):
                 yield record
 
+    def _wait(self, work: Callable[[], Any], which: tuple[int, int], path: str) -> Any:
+        """What `work` gives, unless it hangs or hung before."""
+        if which not in self.hanging:
+            if self.given_up is None:
+                return work()
+            try:
+                return call(work, lambda: self.given_up(which), path)
+            except GivenUp:
+                if which not in self.hanging:
+                    raise RuntimeError("The loader was closed.") from None
+        raise BadVideo("hanging", self.hanging[which], hang_detail(self.read_seconds))
+
     def _decode(self, example: Example, position: int) -> tuple[np.ndarray, ClipInfo]:
         rng = np.random.default_rng([self.seed, stage_number(self.stage), position])
         return load_clip(
             example["video"],
-            self.clip,
+            self.clip.of(position),
             rng,
             start=example["start"],
             end=example["end"],
@@ -124,8 +149,9 @@ class LoadExample:
             limits=self.limits,
         )
 
-    def _busy(self, path: str):
-        return self.board.busy(path) if self.board else nullcontext()
+    def _busy(self, name: str, source: int, record: int):
+        idle = nullcontext(lambda path: None)
+        return self.board.busy(name, source, record) if self.board else idle
 
     def _row(self, position, video, example, info, failed) -> dict[str, Any]:
         untouched = {"truncated": False, "fallback": False, "padded": 0}
@@ -137,6 +163,11 @@ class LoadExample:
             "valid": video is not None,
             "info": info,
         }
+
+
+def hang_detail(seconds: float) -> str:
+    """What the list of bad videos says about one that hung."""
+    return f"no end within {seconds:g} s"
 
 
 class Loader:
@@ -167,6 +198,7 @@ class Loader:
         threads: loading threads in each worker (or here).
         limits: what one video may cost.
         ledger: told of every batch when it is handed out.
+        read_seconds: longest wait for one example, after which it is bad (see `data.hanging`).
         hang_seconds: longest wait for a batch.
 
     Attributes:
@@ -174,7 +206,7 @@ class Loader:
 
     Raises:
         SourceError: fewer examples than a batch, or no shared memory for the workers; when constructed.
-        DataStalled, WorkerDied, NoReplacement, TooManyBad: while iterating.
+        DataStalled, WorkerDied, NoReplacement, TooManyBad, TooManyHang: while iterating.
     """
 
     def __init__(
@@ -194,6 +226,7 @@ class Loader:
         threads: int = 2,
         limits: Limits | None = None,
         ledger: BadLedger | None = None,
+        read_seconds: float = 60.0,
         hang_seconds: float = 600.0,
     ):
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
@@ -208,6 +241,7 @@ class Loader:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         lengths = [len(source) for source in sources]
         order = Order(lengths, weights, seed=seed, stage=stage) if train else InTurn(lengths)
+        order = Repeated(order, clip.repeats) if clip.repeats > 1 else order
         if train and order.epoch < batch_size:
             raise SourceError(
                 f"The sources must hold at least one batch; {', '.join(s.name for s in sources)} hold "
@@ -218,6 +252,7 @@ class Loader:
         self.batch_size, self.start_step = batch_size, start_step
         self._workers, self._threads = workers, threads
         self._ledger, self._hang_seconds, self._clip = ledger, hang_seconds, clip
+        self._hanging = _known_hanging(sources, ledger.hanging if ledger else {})
         self._board: Board | None = None
         if workers:
             check_shared_memory(workers, clip)
@@ -229,9 +264,10 @@ class Loader:
             seed=seed,
             stage=stage,
             replace=train,
+            read_seconds=read_seconds,
         )
         self._ready: queue.Queue = queue.Queue(maxsize=_READY)
-        self._stop = threading.Event()
+        self._stop, self._killed, self._gone = (threading.Event() for _ in range(3))
         self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._fetch, name="batches", daemon=True)
 
@@ -239,6 +275,7 @@ class Loader:
 
     def __enter__(self) -> "Loader":
         self._board = Board(self._workers, self._threads)
+        self._patience = Patience(self._board, self.load.read_seconds)
         self._thread.start()
         return self
 
@@ -270,18 +307,40 @@ class Loader:
     def _wait(self, begin: float) -> Batch | BaseException:
         while True:
             try:
-                return self._ready.get(timeout=0.5)
+                return self._ready.get(timeout=self._patience.interval)
             except queue.Empty:
-                waited = time.monotonic() - begin
                 if self._stop.is_set():
                     raise RuntimeError("The loader is closed; make another one.") from None
                 if not self._thread.is_alive() and self._ready.empty():
                     raise RuntimeError("The thread that gathers batches has ended.") from None
+                if self._give_up_hanging():
+                    begin = time.monotonic()
+                waited = time.monotonic() - begin
                 if waited > self._hang_seconds:
                     raise DataStalled(
                         f"A batch must come within {self._hang_seconds:g} s (data.hang_seconds); none came for "
                         f"{waited:.0f} s. " + hang_report(self._board)
                     ) from None
+
+    def _give_up_hanging(self) -> bool:
+        """Ends the reads that last too long; True if there were any."""
+        if self._killed.is_set():  # what the board says is of workers that are no more
+            return False
+        found = [b for b in self._patience.overdue() if b.example not in self._hanging]
+        for busy in found:
+            self._note_hanging(busy)
+        if found and self._workers:
+            self._killed.set()
+            kill({busy.pid for busy in found})
+        return bool(found)
+
+    def _note_hanging(self, busy: Busy) -> None:
+        self._hanging[busy.example] = busy.path
+        if self._ledger is not None:
+            source = self.load.sources[busy.source]
+            failure = {"path": busy.path, "id": source.identify(busy.record), "reason": "hanging"}
+            failure["detail"] = hang_detail(self.load.read_seconds)
+            self._ledger.found_hanging(f"{source.fingerprint()}#{busy.record}", failure)
 
     def close(self) -> None:
         """Ends the workers and frees what they hold; a second call does nothing."""
@@ -294,7 +353,8 @@ class Loader:
             self._thread.join(0.1)
         if self._thread.is_alive():
             kill(self._board.pids())
-            self._thread.join(_CLOSE_SECONDS)
+        self._gone.set()
+        self._thread.join(_CLOSE_SECONDS)
         _drain(self._ready)
         if self._workers:
             # Grain's iterators are cycles that hold the last clip of each worker in /dev/shm until they are collected.
@@ -304,13 +364,11 @@ class Loader:
     # ------------------------------------------------------------ the fetching thread
 
     def _fetch(self) -> None:
-        rows = None
+        self._reading, self._taken = None, 0
         try:
-            load = dataclasses.replace(self.load, board=self._board)
-            local = LocalRows(load, self.rows, self.batch_size, self.start_step, self.steps)
-            rows = iter(dataset(local, self._workers, self._threads))
+            self._reading = self._read_from(0)
             for _ in range(self.steps):
-                batch = self._gather(rows)
+                batch = self._gather()
                 if batch is None:
                     return
                 self._put(batch)
@@ -318,10 +376,42 @@ class Loader:
         except Exception as error:
             self._put(explain(error))
         finally:
-            if rows is not None:
-                rows.close()
+            if self._reading is not None:
+                self._reading.close()
 
-    def _gather(self, rows: Any) -> Batch | None:
+    def _read_from(self, skip: int) -> Any:
+        """Grain's iterator over the rows of this process, from its `skip`-th on."""
+        here = lambda which: which in self._hanging or self._gone.is_set()
+        load = dataclasses.replace(
+            self.load,
+            board=self._board,
+            hanging=dict(self._hanging) if self._workers else self._hanging,
+            given_up=None if self._workers else here,
+        )
+        local = LocalRows(load, self.rows, self.batch_size, self.start_step, self.steps, skip)
+        return iter(dataset(local, self._workers, self._threads))
+
+    def _next_row(self) -> dict[str, Any]:
+        while True:
+            try:
+                row = next(self._reading)
+            except Exception:
+                if not self._killed.is_set() or self._stop.is_set():
+                    raise
+                self._restart()
+                continue
+            self._taken += 1
+            return row
+
+    def _restart(self) -> None:
+        """Starts workers anew after `_give_up_hanging` killed them; the rows that they had ready are made again."""
+        self._reading.close()
+        gc.collect()  # frees what they hold in /dev/shm
+        self._board.clear()
+        self._reading = self._read_from(self._taken)
+        self._killed.clear()
+
+    def _gather(self) -> Batch | None:
         """The next batch; each row is copied once, out of the worker's shared memory. None: closed meanwhile."""
         count, clip = len(self.rows), self._clip
         arrays = {
@@ -334,7 +424,7 @@ class Loader:
         for number in range(count):
             if self._stop.is_set():
                 return None
-            row = next(rows)
+            row = self._next_row()
             for name in ("position", "label", "valid"):
                 arrays[name][number] = row[name]
             if row["valid"]:
@@ -349,6 +439,19 @@ class Loader:
                 return
             except queue.Full:
                 continue
+
+
+def _known_hanging(
+    sources: Sequence[Source], listed: Mapping[str, str]
+) -> dict[tuple[int, int], str]:
+    """(source, record) -> path of what hung in an earlier loader or start."""
+    found = {}
+    for number, source in enumerate(sources) if listed else ():
+        for example, path in listed.items():
+            fingerprint, _, record = example.rpartition("#")
+            if fingerprint == source.fingerprint():
+                found[number, int(record)] = path
+    return found
 
 
 def _check_numbers(**numbers: tuple[int, int]) -> None:

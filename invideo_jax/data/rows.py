@@ -20,7 +20,14 @@ class WorkerDied(RuntimeError):
 
 
 class LocalRows:
-    """Random access for Grain: the i-th row that this process reads -> the loaded example."""
+    """Random access for Grain: the i-th row that this process reads -> the loaded example.
+
+    Args:
+        load: position -> example.
+        rows: the rows of each batch.
+        batch_size, start, steps: of all batches, and the first.
+        skip: rows left out at the beginning, which were read before.
+    """
 
     def __init__(
         self,
@@ -29,15 +36,16 @@ class LocalRows:
         batch_size: int,
         start: int,
         steps: int,
+        skip: int = 0,
     ):
         self.load, self.rows, self.batch_size, self.start = load, rows, batch_size, start
-        self.size = steps * len(rows)
+        self.skip, self.size = skip, steps * len(rows) - skip
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        step, row = divmod(index, len(self.rows))
+        step, row = divmod(self.skip + index, len(self.rows))
         return self.load((self.start + step) * self.batch_size + int(self.rows[row]))
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ Grain 0.2.18, measured: when the parent ends by SIGTERM or SIGKILL its workers a
 their shared memory; a worker that hangs makes the parent wait for ever without a word.
 """
 
+import dataclasses
 import faulthandler
 import itertools
 import multiprocessing
@@ -16,10 +17,35 @@ import time
 from contextlib import contextmanager
 from multiprocessing import shared_memory
 
-_SLOT = struct.Struct("qd480s")  # process id, since when (monotonic; 0: idle), path
+_SLOT = struct.Struct(
+    "qdqq464s"
+)  # process id, since when (monotonic; 0: idle), source, record, path
 _own_number = 0  # which worker this process is; the parent's own threads use row 0
 _threads = itertools.count()
 _local = threading.local()
+
+
+@dataclasses.dataclass(frozen=True)
+class Busy:
+    """What one reading thread is at.
+
+    Attributes:
+        pid: its process.
+        since: when it began, by the monotonic clock.
+        source, record: number of the source, and of the example in it.
+        path: the file, or the example's name until the file is known.
+    """
+
+    pid: int
+    since: float
+    source: int
+    record: int
+    path: str
+
+    @property
+    def example(self) -> tuple[int, int]:
+        """(source, record)."""
+        return self.source, self.record
 
 
 class Board:
@@ -47,31 +73,47 @@ class Board:
         self._view = self._memory.buf
 
     @contextmanager
-    def busy(self, path: str):
-        """Notes that this thread works on `path` until the end of the block."""
+    def busy(self, name: str, source: int = 0, record: int = 0):
+        """Notes that this thread works on an example until the end of the block.
+
+        Gives a function to be told the path of the file, once that is known.
+        """
         if not hasattr(_local, "number"):
             _local.number = next(_threads)
         slot = _own_number * self.threads + _local.number % self.threads
-        name = os.fsencode(path)[-480:]
-        self._write(slot, time.monotonic(), name)
-        try:
-            yield
-        finally:
-            self._write(slot, 0.0, b"")
+        since = time.monotonic()
 
-    def _write(self, slot: int, since: float, name: bytes) -> None:
+        def note(path: str) -> None:
+            self._write(slot, since, source, record, os.fsencode(path)[-464:])
+
+        note(name)
+        try:
+            yield note
+        finally:
+            self._write(slot, 0.0, 0, 0, b"")
+
+    def _write(self, slot: int, since: float, source: int, record: int, name: bytes) -> None:
         view = self._view
         if view is not None:  # None: this thread outlived its loader
-            _SLOT.pack_into(view, slot * _SLOT.size, os.getpid(), since, name)
+            _SLOT.pack_into(view, slot * _SLOT.size, os.getpid(), since, source, record, name)
 
-    def entries(self) -> list[tuple[int, float, str]]:
-        """(process id, seconds at work on it, path) of each busy thread, the longest first."""
-        now, found = time.monotonic(), []
+    def entries(self) -> list[Busy]:
+        """What each busy thread is at, the longest first."""
+        found = []
         for slot in range(self.slots):
-            pid, since, name = _SLOT.unpack_from(self._view, slot * _SLOT.size)
+            pid, since, source, record, name = _SLOT.unpack_from(self._view, slot * _SLOT.size)
             if since:
-                found.append((pid, now - since, os.fsdecode(name.rstrip(b"\0"))))
-        return sorted(found, key=lambda entry: -entry[1])
+                found.append(Busy(pid, since, source, record, os.fsdecode(name.rstrip(b"\0"))))
+        return sorted(found, key=lambda entry: entry.since)
+
+    def clear(self) -> None:
+        """Forgets everything, when all workers were ended."""
+        self._view[:] = bytes(len(self._view))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the loader it belongs to has ended."""
+        return self._view is None
 
     def pids(self) -> set[int]:
         """Workers that have begun to load and still run."""
@@ -138,8 +180,10 @@ def hang_report(board: Board) -> str:
     for pid in board.pids():
         os.kill(pid, signal.SIGUSR1)
     time.sleep(0.5)  # let them write before the run ends
+    now = time.monotonic()
     busy = "; ".join(
-        f"process {pid} for {seconds:.0f} s on {path}" for pid, seconds, path in board.entries()[:8]
+        f"process {entry.pid} for {now - entry.since:.0f} s on {entry.path}"
+        for entry in board.entries()[:8]
     )
     return (
         (f"At work: {busy}. " if busy else "No thread is loading anything. ")
