@@ -35,6 +35,9 @@ EVALUATORS = Registry(
     {
         "reconstruction": "invideo_jax.evals.reconstruction:make",
         "loss": "invideo_jax.evals.loss:make",
+        "classification": "invideo_jax.evals.classification:make",
+        "probe": "invideo_jax.evals.probe:make",
+        "knn": "invideo_jax.evals.knn:make",
     },
 )
 
@@ -44,9 +47,9 @@ class Given:
     """What evaluators are made from; functions of arrays are jitted.
 
     Attributes:
-        batches: (examples, *, of='held_out') -> device batches, always the same ones in the same order;
-            the first `examples` clips of the held-out ('held_out') or training ('train') videos, cut as
-            for evaluation. Rows beyond them are not `valid`. With teach=False without the entries
+        batches: (examples, *, of='held_out', clips=1, crops=1) -> device batches, always the same ones
+            in the same order; the first `examples` held-out ('held_out') or training ('train') videos,
+            cut as for evaluation. Each gives clips * crops rows, at consecutive positions. Rows beyond them are not `valid`. With teach=False without the entries
             that a teacher adds, which `eval_loss` needs.
         eval_loss: (params, batch) -> name -> `losses.Mean` over valid rows.
         encode: (params, batch) -> pooled features of whole clips, [B, P].

@@ -219,27 +219,6 @@ def make_eval_loss(**options: Any) -> Callable[[PyTree, Batch], dict[str, Mean]]
     return evaluate
 
 
-def make_scores(*, model: Classifier) -> Callable[[PyTree, Batch], jax.Array]:
-    """(params, batch) -> probabilities of each class, float32 [B, classes]."""
-
-    def scores(params: PyTree, batch: Batch) -> jax.Array:
-        logits, _ = model.apply({"params": params}, batch["video"])
-        return jax.nn.softmax(logits)
-
-    return scores
-
-
-def make_features(*, encoder: Any) -> Callable[[PyTree, Batch], jax.Array]:
-    """(the encoder's parameters, batch) -> float32 features of a clip for probes.
-
-    The mean of the tokens, the class token beside it where there is one: what a linear layer finds in
-    the trunk itself, whatever the model has on top.
-    """
-
-    def features(params: PyTree, batch: Batch) -> jax.Array:
-        tokens, _ = encoder.apply({"params": params}, batch["video"])
-        tokens = tokens.astype(jnp.float32)
-        parts = [tokens[:, : encoder.prefix].reshape(len(tokens), -1)] if encoder.prefix else []
-        return jnp.concatenate([*parts, tokens[:, encoder.prefix :].mean(1)], axis=-1)
-
-    return features
+def make_predict(*, model: Classifier) -> Callable[[PyTree, Batch], jax.Array]:
+    """(params, batch) -> logits, float32 [B, classes]."""
+    return lambda params, batch: model.apply({"params": params}, batch["video"])[0]
