@@ -32,7 +32,7 @@ def random_params(model, seed=0):
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract(model))
 
 
-@pytest.mark.parametrize("layout", names.LAYOUTS)
+@pytest.mark.parametrize("layout", ["videomae", "videomae_hf"])
 @pytest.mark.parametrize("options", [{}, dict(last_norm=False, qkv_bias=False, depth=3)])
 def test_there_and_back_is_bit_identical(layout, options):
     model = small(**options)
