@@ -121,6 +121,7 @@ class Bert(nn.Module):
         width, depth, heads, mlp_width: D, all blocks, K, F.
         fusion_from: number of the first fusion block; `depth` for none.
         vocabulary, positions, types: rows of the three embedding tables.
+        pad: id of padding, whose row gets no gradient from being looked up (as in PyTorch).
         word_head: whether words can be predicted; its matrix is the table of words.
         eps: of all LayerNorms.
         dropout, attention_dropout: shares dropped in training.
@@ -135,6 +136,7 @@ class Bert(nn.Module):
     vocabulary: int = 30522
     positions: int = 512
     types: int = 2
+    pad: int = 0
     word_head: bool = True
     activation: str = "gelu"
     eps: float = 1e-12
@@ -212,6 +214,7 @@ class Bert(nn.Module):
                 f"positions={self.positions}. Cut the texts."
             )
         x = jnp.take(self.word_embedding, ids, axis=0)
+        x = jnp.where((ids == self.pad)[..., None], jax.lax.stop_gradient(x), x)
         x = x + self.type_embedding[0] + self.position_embedding[: ids.shape[1]]
         x = drop(self.embedding_norm(x), _fold(keys, 0), self.dropout)
         if not self.fusion_from:
