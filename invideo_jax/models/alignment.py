@@ -5,6 +5,7 @@ internvideo2_distill.py; the stage-2 model's vision encoder.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,15 +78,12 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., C]."""
-        inner = "embed"
+        linear = functools.partial(Linear, kernel_init=NORMAL, dtype=self.dtype)
         if self.mlp:
-            inner = "mlp"
-            hidden = Linear(
-                x.shape[-1], ("embed", "mlp"), "mlp", NORMAL, dtype=self.dtype, name="hidden"
-            )
-            x = activation("gelu")(hidden(x))
-        outer = "embed" if self.mlp else None
-        x = Linear(self.width, (inner, outer), kernel_init=NORMAL, dtype=self.dtype, name="out")(x)
+            x = activation("gelu")(linear(x.shape[-1], ("embed", "mlp"), "mlp", name="up")(x))
+            x = linear(self.width, ("mlp", "embed"), name="down")(x)
+        else:
+            x = linear(self.width, ("embed", None), name="out")(x)
         x = LayerNorm(self.eps, jnp.promote_types(self.dtype, jnp.float32), name="norm")(x)
         return losses.unit(x) if self.normalise else x
 
@@ -195,6 +193,38 @@ class AlignedEncoder(nn.Module):
             raise UserError("A final head needs the encoder's pool; got pool_width=0.")
 
 
+class ProjectedEncoder(nn.Module):
+    """An encoder whose pooled vector goes into the width shared with text: LayerNorm, Linear.
+
+    Attributes:
+        width: P, of the shared vectors.
+
+    Source: InternVideo2-CLIP S, B, L: `vision_align` of internvideo2_clip_small.py.
+    """
+
+    encoder: VideoEncoder
+    width: int = 512
+
+    @nn.compact
+    def __call__(
+        self,
+        video: jax.Array,
+        visible: jax.Array | None = None,
+        *,
+        keys: jax.Array | None = None,
+        features: Sequence[int] = (),
+    ) -> dict[str, jax.Array]:
+        """'tokens' [B, 1+V, D], 'pooled' [B, P], 'projected' [B, width], and what the encoder names.
+
+        Args as in `VideoEncoder.__call__`.
+        """
+        tokens, out = self.encoder(video, visible, keys=keys, features=features)
+        pooled = self.encoder.pooled(tokens)
+        x = LayerNorm(1e-5, self.encoder.dtype, name="align_norm")(pooled)
+        linear = Linear(self.width, ("embed", None), dtype=self.encoder.dtype, name="align")
+        return {"tokens": tokens, "pooled": pooled, "projected": linear(x)} | out
+
+
 def build(
     size: str,
     /,
@@ -234,7 +264,7 @@ def build(
     return AlignedEncoder(encoder, clip, final, mae)
 
 
-def init(model: AlignedEncoder, key: jax.Array) -> PyTree:
+def init(model: AlignedEncoder | ProjectedEncoder, key: jax.Array) -> PyTree:
     """Fresh parameters, each in a box with the logical names of its axes."""
     m = model.encoder
     video = jnp.zeros((1, m.frames, m.image_size, m.image_size, m.channels))

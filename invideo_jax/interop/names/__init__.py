@@ -7,6 +7,7 @@ from invideo_jax.errors import UserError
 from invideo_jax.interop.names import (
     clip,
     internvideo1_multimodal,
+    internvideo2,
     internvideo2_stage2,
     teachers,
     videomae,
@@ -19,6 +20,8 @@ __all__ = ["LAYOUTS", "Layout", "Row", "get"]
 LAYOUTS: dict[str, Layout] = {
     **clip.LAYOUTS,
     **internvideo1_multimodal.LAYOUTS,
+    **internvideo2.LAYOUTS,
+    **internvideo2_classification.LAYOUTS,
     **teachers.LAYOUTS,
     **videomae.LAYOUTS,
     **internvideo2_stage2.LAYOUTS,
