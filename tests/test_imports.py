@@ -10,13 +10,14 @@ PACKAGE = REPOSITORY / "invideo_jax"
 
 # What stands in a row may import rows below it, and within its own row; nothing above.
 LAYERS = (
-    ("train", "evaluate"),
+    ("train", "evaluate", "features"),
     ("run",),
     ("checks",),
     ("build", "teaching"),
     ("programs",),
     ("report",),
     ("evals",),
+    ("handover",),
     ("steps", "scale", "interop", "explain"),
     ("models",),
     ("masking", "text_masking", "negatives", "losses", "optim", "state", "sharding"),

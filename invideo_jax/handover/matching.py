@@ -99,20 +99,18 @@ class Match:
         return t, side, side
 
     def _tubelet(self, new: int, old: int) -> tuple[str, dict]:
-        """A kernel of [tubelet*p*p*C, D] over more frames."""
-        frame = new // self.tubelet
-        before = old // frame if frame and not old % frame else 0
-        if not before or self.tubelet % before or before == self.tubelet:
+        """A kernel of [p*p*C, D] over the frames of a tubelet."""
+        if new != old * self.tubelet:
             raise Differs(
-                f"{new} pixels of a patch from {old}: only whole multiples of frames can be made; "
-                "use the source's patch size, or start the kernel anew"
+                f"{new} pixels of a patch from {old}: a kernel of one frame can be spread over several, no "
+                "other; use the source's patch and tubelet, or start the kernel anew"
             )
         if self.inflate not in INFLATE:
             raise Differs(
-                f"tubelet {self.tubelet} from {before}. Say how the kernel is spread over the frames: "
+                f"tubelet {self.tubelet} from 1. Say how the kernel is spread over the frames: "
                 f"{self.key}.inflate={' or '.join(INFLATE)}"
             )
-        return "inflate", dict(old=before, new=self.tubelet, how=self.inflate)
+        return "inflate", dict(frames=self.tubelet, how=self.inflate)
 
     def _classes(self, new: int, old: int) -> list[int]:
         rows = list(range(new)) if self.label_map == FIRST else [int(i) for i in self.label_map]

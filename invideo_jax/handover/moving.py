@@ -81,23 +81,16 @@ def _on_host(value: Any) -> np.ndarray:
 
 def _interpolate(table: np.ndarray, *, old, new, prefix: int) -> np.ndarray:
     return positions.interpolate(
-        table.astype(np.float32), old_grid=tuple(old), new_grid=tuple(new), prefix=prefix
+        table.astype(np.float32),
+        old_times=old[0],
+        old_space=tuple(old[1:]),
+        grid=tuple(new),
+        prefix=prefix,
     )
 
 
-def _inflate(kernel: np.ndarray, *, old: int, new: int, how: str) -> np.ndarray:
-    """[old*P, D] -> [new*P, D]: frames repeated and divided, or put in the middle of zeros.
-
-    Source: InternVideo2, inflation of image kernels; both leave the response to a still clip unchanged.
-    """
-    frames = kernel.reshape(old, -1, kernel.shape[-1])
-    if how == "repeat":
-        wide = np.repeat(frames, new // old, axis=0) / np.asarray(new // old, kernel.dtype)
-    else:
-        wide = np.zeros((new, *frames.shape[1:]), kernel.dtype)
-        start = (new - old) // 2 if old > 1 else new // 2
-        wide[start : start + old] = frames
-    return wide.reshape(-1, kernel.shape[-1])
+def _inflate(kernel: np.ndarray, *, frames: int, how: str) -> np.ndarray:
+    return positions.inflate(kernel.astype(np.float32), frames, centre=how == "centre")
 
 
 _TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {

@@ -45,7 +45,7 @@ class Row:
             "copy": lambda o: "copy",
             "fresh": lambda o: f"fresh ({o['pattern']})",
             "positions": lambda o: f"interpolate {times(o['old'])} -> {times(o['new'])}",
-            "inflate": lambda o: f"inflate {o['old']} -> {o['new']} frames ({o['how']})",
+            "inflate": lambda o: f"inflate to {o['frames']} frames ({o['how']})",
             "rows": lambda o: f"{len(o['rows'])} of {self.shape[-1]} classes",
         }[self.transform](self.options)
         cast = self.dtype not in (None, np.dtype(self.target.dtype).name)
