@@ -1,0 +1,170 @@
+"""Models as text: what folders of weights and checkpoints say of the model that they are of."""
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from invideo_jax import sharding
+from invideo_jax.errors import UserError
+from invideo_jax.models import pixels
+from invideo_jax.registry import Registry
+
+PyTree = Any
+
+# Name -> class, and where that stands the functions `init` (module, key) -> boxed parameters.
+MODELS = Registry(
+    "model",
+    {
+        "video_mae": "invideo_jax.models.video_mae:VideoMAE",
+        "video_mae_encoder": "invideo_jax.models.video_mae:VideoMAEEncoder",
+        "internvideo2": "invideo_jax.models.video_encoder:VideoEncoder",
+        "aligned": "invideo_jax.models.alignment:AlignedEncoder",
+        "heads": "invideo_jax.models.alignment:HeadsSpec",
+        "final": "invideo_jax.models.alignment:FinalSpec",
+        "classifier": "invideo_jax.models.classifier:Classifier",
+    },
+)
+# Attributes that change no number of the model in evaluation.
+RUNNING = ("parent", "name", "scan", "remat", "dtype", "drop_path", "dropout")
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """{'model': name, 'arguments': of its constructor}, JSON-able; models within it alike.
+
+    Raises:
+        UserError: a model that has no name here, or an argument that is no plain value.
+    """
+    name = next((n for n in MODELS if MODELS.get(n) is type(model)), None)
+    if name is None:
+        raise UserError(
+            f"A model of {', '.join(MODELS)} can be written as text; {type(model).__name__} cannot."
+        )
+    arguments = {}
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if field.name in RUNNING or callable(value) and value is field.default:
+            continue
+        arguments[field.name] = _plain(value, f"{name}.{field.name}")
+    return {"model": name, "arguments": arguments}
+
+
+def _plain(value: Any, name: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(x, name) for x in value]
+    if dataclasses.is_dataclass(value):
+        return describe(value)
+    raise UserError(f"{name} must be a plain value to be written as text; got {value!r}.")
+
+
+def make(meta: Mapping[str, Any], **overrides: Any) -> Any:
+    """The model that `describe` gave as text; other entries of `meta` are not looked at.
+
+    Args:
+        overrides: arguments to replace.
+
+    Raises:
+        UserError: an unknown model or argument.
+    """
+    kind = MODELS.get(meta["model"])
+    arguments = {name: _made(value) for name, value in (meta["arguments"] | overrides).items()}
+    known = {field.name for field in dataclasses.fields(kind)}
+    if not set(arguments) <= known:
+        odd = ", ".join(sorted(set(arguments) - known))
+        raise UserError(
+            f"Model {meta['model']!r} has no argument {odd}. Convert the weights again."
+        )
+    return kind(**arguments)
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, Mapping) and "arguments" in value:
+        return make(value)
+    return tuple(map(_made, value)) if isinstance(value, (list, tuple)) else value
+
+
+def init(model: nn.Module, key: jax.Array) -> PyTree:
+    """Fresh parameters, each in a box with the logical names of its axes."""
+    if type(model) is MODELS.get("video_mae_encoder"):
+        return model.init(key, pixels.blank_video(model))["params"]
+    return module_of(model).init(model, key)
+
+
+def module_of(model: Any) -> Any:
+    """The Python module that the model's class stands in."""
+    return importlib.import_module(type(model).__module__)
+
+
+def abstract(model: nn.Module) -> PyTree:
+    """Shapes of the parameters, unboxed, without making any."""
+    return sharding.unbox(jax.eval_shape(lambda: init(model, jax.random.key(0))))
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter."""
+    return {path: tuple(x.shape) for path, x in flatten_dict(abstract(model), sep="/").items()}
+
+
+def count(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(math.prod(shape) for shape in shapes(model).values())
+
+
+def encoder_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The video encoder within a model, and the path of its parameters ('' where it is the model)."""
+    path = []
+    while not hasattr(model, "patch"):
+        inside = next((n for n in ("encoder", "vision") if hasattr(model, n)), None)
+        if inside is None:
+            raise UserError(f"{type(model).__name__} has no video encoder.")
+        path.append(inside)
+        model = getattr(model, inside)
+    return model, "/".join(path)
+
+
+def with_encoder(model: nn.Module, **overrides: Any) -> nn.Module:
+    """The same model with other attributes of its encoder (frames, image_size, dtype)."""
+    if hasattr(model, "patch"):
+        return model.clone(**overrides)
+    inside = next(n for n in ("encoder", "vision") if hasattr(model, n))
+    return model.clone(**{inside: with_encoder(getattr(model, inside), **overrides)})
+
+
+def cube_of(model: nn.Module) -> tuple[int, int, int]:
+    """(frames, rows, columns) of one cube."""
+    encoder, _ = encoder_of(model)
+    return getattr(encoder, "tubelet", 1), encoder.patch, encoder.patch
+
+
+def embed(model: nn.Module, params: PyTree, video: Any) -> dict[str, jax.Array]:
+    """What an exported model is compared by.
+
+    Args:
+        video: normalised float [B, T, H, W, C].
+
+    Returns:
+        'tokens' [B, prefix+N, D], and where the model has them 'pooled' [B, P], 'clip_final' [B, C],
+        'logits' [B, classes].
+    """
+    encoder, path = encoder_of(model)
+    inside = params
+    for part in filter(None, path.split("/")):
+        inside = inside[part]
+    tokens, _ = encoder.apply({"params": inside}, video)
+    out = {"tokens": tokens}
+    if getattr(encoder, "pool_width", 0):
+        out["pooled"] = encoder.apply({"params": inside}, tokens, method="pooled")
+    kind = next(n for n in MODELS if MODELS.get(n) is type(model))
+    if kind == "aligned" and model.final:
+        out["clip_final"] = model.apply({"params": params}, video)["clip_final"]
+    if kind == "classifier":
+        out["logits"] = model.apply({"params": params}, video)[0]
+    return {name: np.asarray(value, np.float32) for name, value in out.items()}
