@@ -8,6 +8,7 @@ from invideo_jax.interop.names import (
     clip,
     internvideo1_multimodal,
     internvideo2,
+    internvideo2_classification,
     internvideo2_stage2,
     teachers,
     videomae,

@@ -1,0 +1,159 @@
+"""Classifiers for `tests.golden`: InternVideo2's three, and VideoMAE's (the original and transformers')."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from invideo_jax import optim, sharding
+from invideo_jax.interop import mapping
+from invideo_jax.interop.from_torch import to_params
+from invideo_jax.interop.to_torch import to_state_dict
+from invideo_jax.models import classifier
+from invideo_jax.models.classifier import Classifier
+from invideo_jax.models.video_encoder import VideoEncoder
+from invideo_jax.steps import classify
+from tests.golden import Outcome, Tensors
+
+_ENCODER = {  # theirs -> ours
+    "in_chans": "channels",
+    "patch_size": "patch",
+    "img_size": "image_size",
+    "qkv_bias": "qkv_bias",
+    "drop_path_rate": "drop_path",
+    "embed_dim": "width",
+    "num_heads": "heads",
+    "init_values": "layer_scale",
+    "qk_normalization": "qk_norm",
+    "depth": "depth",
+    "attn_pool_num_heads": "pool_heads",
+    "clip_embed_dim": "pool_width",
+    "num_frames": "frames",
+    "tubelet_size": "tubelet",
+}
+_HEAD = {
+    "num_classes": "classes",
+    "fc_drop_rate": "dropout",
+    "init_scale": "init_scale",
+    "merge_method": "merge",
+    "merge_norm": "merge_norm",
+}
+# Read below; the last four change no number (`head_drop_path_rate` is never used there).
+_ELSEWHERE = ("mlp_ratio", "layerscale_no_force_fp32", "sep_pos_embed")
+_ELSEWHERE += ("head_drop_path_rate", "use_checkpoint", "checkpoint_num", "fused_mlp_heuristic")
+_ELSEWHERE += ("use_flash_attn", "use_fused_rmsnorm", "use_fused_mlp")
+# Position tables of other names than `pos_embed` have the head's rate there.
+_PUBLISHED_LAYER_0 = r"(^|/)(cls_token|patch_embed|position_embedding)(/|$)"
+_TABLE = "param_weight_decay_and_lr_scale_at_layer_decay_0_75"
+_LAYOUT = "internvideo2_classification"
+
+
+def model_of(meta: Mapping[str, Any], activation: str) -> Classifier:
+    """The model of the original's constructor arguments."""
+    config = meta["config"]
+    for name, value in config.items():
+        if name not in {*_ENCODER, *_HEAD, *_ELSEWHERE}:
+            raise ValueError(f"argument {name}={value!r} is not known here")
+    of = lambda table: {table[k]: v for k, v in config.items() if k in table}
+    ours = of(_ENCODER)
+    encoder = VideoEncoder(
+        **ours | {"layer_scale": ours.get("layer_scale") or 0.0},
+        mlp_width=int(ours["width"] * config["mlp_ratio"]),
+        positions="separate" if config.get("sep_pos_embed") else "joint",
+        layer_scale_float32=not config.get("layerscale_no_force_fp32", False),
+        activation=activation,
+    )
+    found = re.search(r"internvideo2(_ap|_cat)?\b", meta["what"])
+    variant = {"_ap": "attentive", "_cat": "cat", None: "plain"}[found and found.group(1)]
+    return Classifier(encoder, variant=variant, **of(_HEAD))
+
+
+def _blocks(wanted: Sequence[str]) -> tuple[int, ...]:
+    found = (re.fullmatch(r"trace/block(\d+)", name) for name in wanted)
+    return tuple(int(m.group(1)) for m in found if m)
+
+
+def optimizer_table(boxed: Any, decay: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Their key -> (weight decay, factor of the rate), as the official optimiser groups have them."""
+    leaves = optim.plan(
+        "adamw",
+        boxed,
+        weight_decay=0.05,
+        layer_decay=dict(decay=decay, embedding=_PUBLISHED_LAYER_0),
+    )
+    by_path = {leaf.path: leaf for leaf in leaves}
+    shapes = {leaf.path: leaf.shape for leaf in leaves}
+    found = {}
+    for row, key, block in mapping.keys_of(mapping.names.get(_LAYOUT), shapes):
+        leaf = by_path[row.ours[0]]
+        rate = leaf.rate if block is None or not isinstance(leaf.rate, tuple) else leaf.rate[block]
+        found[key] = [leaf.weight_decay, rate]
+    return found
+
+
+def run(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome:
+    """Logits for both GELUs, inner activations, loss, gradients, batch norm, optimiser groups."""
+    video = jnp.asarray(inputs["video"].transpose(0, 2, 3, 4, 1))
+    model = model_of(meta, "gelu")
+    boxed = jax.eval_shape(lambda: classifier.init(model, jax.random.key(0)))
+    params = to_params(state, layout=_LAYOUT, expected=sharding.unbox(boxed))
+    cube = (model.encoder.tubelet, model.encoder.patch, model.encoder.patch)
+    back = lambda tree: to_state_dict(jax.device_get(tree), layout=_LAYOUT, cube=cube)
+    run_model = jax.jit(
+        lambda p, v: model.apply({"params": p}, v, features=_blocks(wanted)), donate_argnums=()
+    )
+    logits, out = run_model(params, video)
+    tanh, _ = jax.jit(
+        lambda p, v: model_of(meta, "gelu_tanh").apply({"params": p}, v),
+    )(params, video)
+    tensors = {
+        "out/logits": logits,
+        "out/logits_tanh_gelu": tanh,
+        "trace/tokens_in": out.pop("embedded"),
+    }
+    tensors |= {f"trace/{name}": value for name, value in out.items()}
+    if model.counts_batches:
+        trained, more = model.apply({"params": params}, video, train=True)
+        moved = classifier.with_statistics(params, more["statistics"])["down_norm"]
+        tensors["out/train_logits"] = trained
+        tensors["out/after_train_down_norm.running_mean"] = moved["mean"]
+        tensors["out/after_train_down_norm.running_var"] = moved["variance"]
+    if "label" in inputs:
+        batch = {"label": jnp.asarray(inputs["label"]), "valid": jnp.ones(len(video), bool)}
+
+        def loss(floats):
+            logits, _ = model.apply({"params": _with_counts(floats, params)}, video)
+            return classify.soft_cross_entropy(logits, batch, classes=model.classes).value
+
+        value, grad = jax.jit(jax.value_and_grad(loss))(_floats(params))
+        tensors["loss/cross_entropy"] = value
+        grads = back(_with_counts(grad, params))
+        tensors |= {f"grad/{key}": g for key, g in grads.items()}
+    json_only = {}
+    if _TABLE in meta:
+        ours = optimizer_table(boxed, 0.75, meta["config"])
+        tensors |= {f"optimizer/{key}": value for key, value in ours.items()}
+        json_only = {f"optimizer/{key}": value for key, value in meta[_TABLE].items()}
+    return Outcome(tensors, back(params), wanted=json_only)
+
+
+def _floats(params: Any) -> Any:
+    return jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.floating) else None, params)
+
+
+def _with_counts(floats: Any, params: Any) -> Any:
+    pick = lambda new, old: old if new is None else new
+    return jax.tree.map(pick, floats, params, is_leaf=lambda x: x is None)
+
+
+def _is_internvideo2(meta: Mapping[str, Any], tensors: Tensors) -> bool:
+    return (
+        "fc_drop_rate" in meta.get("config", {})
+        and "state/clip_projector.norm1_q.weight" in tensors
+    )
+
+
+FAMILIES = [(_is_internvideo2, run)]
