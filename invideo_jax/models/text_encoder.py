@@ -23,7 +23,8 @@ PyTree = Any
 _NORMAL = nn.initializers.normal(0.02)  # BERT's and CLIP's; CLIP has narrower ones in places
 
 
-def _fold(keys: jax.Array | None, use: int) -> jax.Array | None:
+def fold(keys: jax.Array | None, use: int) -> jax.Array | None:
+    """Keys [B] for one of several uses; None stays None."""
     return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
@@ -100,13 +101,13 @@ class BertBlock(nn.Module):
             TextAttention, self.heads, self.attention_dropout, dtype=self.dtype
         )
         x = constrain(x, "batch", "tokens", "act_embed")
-        y = attention(name="attention")(x, mask=row(valid), keys=_fold(keys, 0))
-        x = self._join(x, y, "norm1", _fold(keys, 1))
+        y = attention(name="attention")(x, mask=row(valid), keys=fold(keys, 0))
+        x = self._join(x, y, "norm1", fold(keys, 1))
         if self.cross:
-            y = attention(name="cross")(x, tokens, mask=row(seen), keys=_fold(keys, 2))
-            x = self._join(x, y, "cross_norm", _fold(keys, 3))
+            y = attention(name="cross")(x, tokens, mask=row(seen), keys=fold(keys, 2))
+            x = self._join(x, y, "cross_norm", fold(keys, 3))
         mlp = Mlp(self.mlp_width, self.activation, _NORMAL, self.dtype, name="mlp")
-        x = self._join(x, mlp(x), "norm2", _fold(keys, 4))
+        x = self._join(x, mlp(x), "norm2", fold(keys, 4))
         return constrain(x, "batch", "tokens", "act_embed")
 
     def _join(self, x, branch, name, keys):
@@ -192,8 +193,8 @@ class Bert(nn.Module):
         keys: jax.Array | None = None,
     ) -> jax.Array:
         """All blocks: `fuse` of `encode`; [B, L, D]."""
-        text = self.encode(ids, valid, keys=_fold(keys, 0))
-        return self.fuse(text, valid, tokens, seen, keys=_fold(keys, 1))
+        text = self.encode(ids, valid, keys=fold(keys, 0))
+        return self.fuse(text, valid, tokens, seen, keys=fold(keys, 1))
 
     def encode(
         self, ids: jax.Array, valid: jax.Array | None = None, *, keys: jax.Array | None = None
@@ -216,11 +217,11 @@ class Bert(nn.Module):
         x = jnp.take(self.word_embedding, ids, axis=0)
         x = jnp.where((ids == self.pad)[..., None], jax.lax.stop_gradient(x), x)
         x = x + self.type_embedding[0] + self.position_embedding[: ids.shape[1]]
-        x = drop(self.embedding_norm(x), _fold(keys, 0), self.dropout)
+        x = drop(self.embedding_norm(x), fold(keys, 0), self.dropout)
         if not self.fusion_from:
             return x
         valid = None if valid is None else valid.astype(bool)
-        return self.text_stack(x, valid, keys=_fold(keys, 1))[0]
+        return self.text_stack(x, valid, keys=fold(keys, 1))[0]
 
     def fuse(
         self,

@@ -1,6 +1,7 @@
-"""Text towers: BERT with fusion blocks, MobileCLIP's and CLIP's; later the models that hold them."""
+"""Text towers (BERT with fusion blocks, MobileCLIP's, CLIP's), and the models of video and text."""
 
 from invideo_jax.interop.names.clip import residual_blocks
+from invideo_jax.interop.names.internvideo2 import aligned, trunk
 from invideo_jax.interop.names.rows import Layout, Row, linear, norm, optional, prefixed
 
 
@@ -80,12 +81,35 @@ def clip_text(theirs: str = "", ours: str = "") -> tuple[Row, ...]:
     return tuple(prefixed(rows, theirs, ours))
 
 
+_TEMPERATURE = Row("temp", ("temperature",))
+
 LAYOUTS: dict[str, Layout] = {
     # transformers' BertForMaskedLM, as published with a pooler and a second head that nothing here uses.
     "bert": Layout(
         bert(),
         aliases=((r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
         unused=(r"bert\.pooler\.dense\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"),
+    ),
+    # InternVideo2_Stage2_visual.
+    "internvideo2_stage2": Layout(
+        (
+            _TEMPERATURE,
+            *aligned("vision_encoder.", "vision/"),
+            *bert("text_encoder.", "text/"),
+            *linear("vision_proj", "vision_projection"),
+            *linear("text_proj", "text_projection"),
+            *linear("itm_head", "match_head"),
+        )
+    ),
+    # InternVideo2-CLIP S, B, L; of 1B and 6B the vision side alone is "internvideo2_encoder".
+    "internvideo2_clip": Layout(
+        (
+            _TEMPERATURE,
+            *trunk("vision_encoder.", "vision/encoder/"),
+            *norm("vision_align.0", "vision/align_norm"),
+            *linear("vision_align.1", "vision/align"),
+            *mobileclip("text_encoder.", "text/"),
+        )
     ),
     "mobileclip_text": Layout(mobileclip()),
     "clip_text": Layout(clip_text(), unused=("logit_scale", r"visual\..*")),
