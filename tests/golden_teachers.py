@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from invideo_jax import sharding
 from invideo_jax.interop.from_torch import to_params
 from invideo_jax.interop.to_torch import to_state_dict
-from invideo_jax.models import positions, teachers
+from invideo_jax.models import alignment, positions, teachers
 from invideo_jax.models.video_encoder import VideoEncoder
 from invideo_jax.models.video_mae import VideoMAEEncoder
 from tests.golden import Outcome, Tensors
@@ -80,7 +80,7 @@ def internvl_teacher(config: Mapping[str, Any], frames: int, activation: str):
         layer_scale_float32=not config.get("layerscale_no_force_fp32", False),
         activation=activation,
     )
-    layers = teachers.returned_blocks(
+    layers = alignment.last_blocks(
         encoder.depth, config.get("clip_return_layer", 1), config.get("clip_return_interval", 1)
     )
     return teachers.ImageTeacher(
@@ -119,7 +119,7 @@ def video_mae_teacher(config: Mapping[str, Any], frames: int, *, faithful: bool)
         mlp_width=int(ours["width"] * config.get("mlp_ratio", 4)),
         **dict(attend=teachers.exchanged) if faithful else {},
     )
-    layers = teachers.returned_blocks(
+    layers = alignment.last_blocks(
         encoder.depth, config.get("mae_return_layer", 1), config.get("mae_return_interval", 1)
     )
     return teachers.VideoMAETeacher(encoder, layers, _normalised(config, "mae_norm_type"))

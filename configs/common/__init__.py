@@ -2,9 +2,10 @@
 
 import ml_collections
 
+from configs.common.aligned import aligned_stage, smoke_teachers
 from configs.common.masked import masked_stage
 
-__all__ = ["base", "masked_stage", "parse_arg", "smoke"]
+__all__ = ["aligned", "aligned_stage", "base", "masked_stage", "parse_arg", "smoke"]
 
 
 def parse_arg(arg: str | None, *words: str, **defaults: str) -> dict[str, str | bool]:
@@ -99,6 +100,20 @@ def base() -> ml_collections.ConfigDict:
     return c
 
 
+def aligned() -> ml_collections.ConfigDict:
+    """A run of one stage of unmasked-token alignment, with InternVideo2's encoder as the student."""
+    c = base()
+    c.model.name = "internvideo2"
+    c.model.size = "1B"
+    c.model.layer_scale = 1e-5
+    del c.stages.masked
+    c.stages.aligned = aligned_stage()
+    c.stage_order = ("aligned",)
+    c.evals = ml_collections.ConfigDict(dict(loss=dict(every="10%", examples=256)))
+    c.checkpoint.best = "loss/loss"
+    return c
+
+
 def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks every size of a recipe, and keeps its shape: a run of seconds on a CPU.
 
@@ -115,10 +130,14 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         stage.schedule.warmup = "20%"
         stage.optimizer.scale_by_batch = 0
         stage.optimizer.learning_rate = 1e-3
+        if "teachers" in stage:
+            smoke_teachers(stage.teachers)
     c.data.train = c.data.train or "synthetic:data/synthetic"
     c.checkpoint.every = "10 steps"
-    c.evals.reconstruction.every = "50%"
-    c.evals.reconstruction.examples = 8
-    c.evals.reconstruction.pictures = 2
+    for name in c.evals:
+        c.evals[name].every = "50%"
+        c.evals[name].examples = 8
+        if "pictures" in c.evals[name]:
+            c.evals[name].pictures = 2
     c.log.every = "5 steps"
     return c

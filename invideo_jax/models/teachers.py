@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from invideo_jax.errors import UserError
-from invideo_jax.models import pixels, video_encoder, video_mae
+from invideo_jax import losses
+from invideo_jax.models import clip_vit, pixels, video_encoder, video_mae
+from invideo_jax.models.alignment import last_blocks
 from invideo_jax.registry import Registry
 
 PyTree = Any
@@ -24,34 +25,12 @@ Features = dict[str, jax.Array]
 TEACHERS = Registry(
     "teacher",
     {
+        "clip": "invideo_jax.models.teachers:clip",
         "internvl": "invideo_jax.models.teachers:internvl",
         "internvideo2": "invideo_jax.models.teachers:internvideo2",
         "video_mae": "invideo_jax.models.teachers:video_mae_teacher",
     },
 )
-
-
-def unit(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """`x` [..., C] divided by its length, computed in at least float32, in the dtype of `x`."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = jnp.square(wide).sum(-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(square + eps)).astype(x.dtype)
-
-
-def returned_blocks(depth: int, count: int, interval: float = 1.0) -> tuple[int, ...]:
-    """The blocks depth-1-int(i*interval) for i < count, ascending: {23, 26, 29, 33, 36, 39} of 40 at 3.34.
-
-    Raises:
-        UserError: fewer blocks than that, or the same one twice.
-    """
-    found = sorted({depth - 1 - int(i * interval) for i in range(count)})
-    if count < 1 or len(found) < count or found[0] < 0:
-        raise UserError(
-            f"layers and interval must name different blocks of 0..{depth - 1}; got layers={count}, "
-            f"interval={interval}, depth={depth}. Use fewer layers, or an interval from 1 to "
-            f"{depth / max(count, 1):.2f}."
-        )
-    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +77,7 @@ class Teacher:
         raise NotImplementedError
 
     def _unit(self, x: jax.Array) -> jax.Array:
-        return unit(x) if self.normalise else x
+        return losses.unit(x).astype(x.dtype) if self.normalise else x
 
     def _fit(self, video: jax.Array) -> jax.Array:
         """Frames in the size that the encoder takes."""
@@ -208,6 +187,63 @@ class VideoMAETeacher(Teacher):
         return {"middle": self._unit(jnp.stack(blocks, axis=1))}
 
 
+class ClipTeacher(Teacher):
+    """CLIP's image encoder over the frames of a clip: UMT's teacher.
+
+    Patches alone, each block's output through CLIP's last norm and projection; the attention is that of the
+    last block's class token, mean over heads.
+
+    Source: UMT (arXiv:2303.16058) 3.2.
+    """
+
+    @property
+    def width(self) -> int:
+        """C of the middle features: of the shared space."""
+        return self.encoder.embed or self.encoder.width
+
+    @property
+    def final_width(self) -> int:
+        """Its pooled feature is no target."""
+        return 0
+
+    @property
+    def prefix(self) -> int:
+        """Class tokens are no targets."""
+        return 0
+
+    def init(self, key: jax.Array) -> PyTree:
+        """Fresh parameters, each in a box with the logical names of its axes."""
+        return clip_vit.init(self.encoder, key)
+
+    def __call__(self, params: PyTree, video: jax.Array) -> Features:
+        """Features of whole clips, [B, T, H, W, C]."""
+        last, skip = self.encoder.depth - 1, self.encoder.prefix
+
+        def run(encoder, video):
+            _, out = encoder(video, features=(*self.layers, last - 1))
+            blocks = jnp.stack([out[f"block{i}"][:, skip:] for i in self.layers], axis=1)
+            return encoder.project(blocks), out[f"block{last - 1}"]
+
+        blocks, before = self.encoder.apply({"params": params}, self._fit(video), method=run)
+        attention = clip_vit.class_attention(self.encoder, params, before)
+        return {"middle": self._unit(blocks), "attention": attention}
+
+
+def clip(
+    size: str,
+    /,
+    *,
+    frames: int,
+    image_size: int,
+    layers: int = 6,
+    interval: float = 1.0,
+    **overrides: Any,
+) -> ClipTeacher:
+    """CLIP over clips of `frames`; `overrides` are attributes of `ClipViT`."""
+    encoder = clip_vit.build(size, frames=frames, image_size=image_size, **overrides)
+    return ClipTeacher(encoder, last_blocks(encoder.depth, layers, interval))
+
+
 def internvl(
     size: str,
     /,
@@ -221,7 +257,7 @@ def internvl(
     """InternVL's vision tower over clips of `frames`; `overrides` are attributes of `VideoEncoder`."""
     options = dict(frames=1, image_size=image_size, layer_scale=0.1) | overrides
     encoder = video_encoder.build(size, **options)
-    blocks = returned_blocks(encoder.depth, layers, interval)
+    blocks = last_blocks(encoder.depth, layers, interval)
     return ImageTeacher(encoder, blocks, frames=frames)
 
 
@@ -237,7 +273,7 @@ def internvideo2(
 ) -> VideoTeacher:
     """InternVideo2; `overrides` are attributes of `VideoEncoder`."""
     encoder = video_encoder.build(size, frames=frames, image_size=image_size, **overrides)
-    return VideoTeacher(encoder, returned_blocks(encoder.depth, layers, interval))
+    return VideoTeacher(encoder, last_blocks(encoder.depth, layers, interval))
 
 
 def video_mae_teacher(
@@ -260,7 +296,7 @@ def video_mae_teacher(
     encoder = video_mae.build_encoder(size, frames=frames, image_size=image_size, **overrides)
     if faithful_attention:
         encoder = encoder.clone(attend=exchanged)
-    return VideoMAETeacher(encoder, returned_blocks(encoder.depth, layers, interval))
+    return VideoMAETeacher(encoder, last_blocks(encoder.depth, layers, interval))
 
 
 def exchanged(

@@ -1,0 +1,1 @@
+"""UMT (arXiv:2303.16058), the lineage of InternVideo2's first stage."""
