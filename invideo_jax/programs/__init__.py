@@ -22,6 +22,7 @@ __all__ = ["PROGRAMS", "Frozen", "Program", "Teacher", "check", "program"]
 
 # stages.NAME.step / stages.NAME.objective -> module
 PROGRAMS = {
+    "masked/aligned": "invideo_jax.programs.aligned",
     "masked/pixels": "invideo_jax.programs.masked",
     "classify/labels": "invideo_jax.programs.classify",
 }
