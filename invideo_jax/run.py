@@ -22,6 +22,7 @@ from invideo_jax import (
     progress,
     runtime,
     sharding,
+    stage_start,
     stages,
     teaching,
     workdir,
@@ -37,7 +38,8 @@ from invideo_jax.state import TrainState
 Batch = dict[str, jax.Array]
 
 # Keys that may change from one start of a run to the next without being allowed by name: the training
-# does not depend on them (on `mesh` only by the order of floating-point sums).
+# does not depend on them (on `mesh` only by the order of floating-point sums). What `data.train` names is compared by its
+# content (`Run.data`): one folder may be spelled in several ways.
 FREE_KEYS = (
     "checkpoint",
     "data.bad_count",
@@ -45,6 +47,7 @@ FREE_KEYS = (
     "data.eval",
     "data.eval_split",
     "data.threads",
+    "data.train",
     "data.workers",
     "evals",
     "guard",
@@ -129,8 +132,11 @@ class Run:
         self.held_out = build.held_out_sources(config, self.sources)
         self.plan = place_stages(config, sum(map(len, self.sources)))
         self.programs = {stage.name: self._program(stage) for stage in self.plan}
-        self._check_hand_overs()
-        self.data = {source.name: source.fingerprint() for source in self.sources}
+        self.starts = self._plan_starts()
+        self.data = {
+            f"source{number}": {"fingerprint": source.fingerprint(), "weight": weight}
+            for number, (source, weight) in enumerate(zip(self.sources, self.weights))
+        }
 
     def say(self, text: str) -> None:
         """Prints on the first process."""
@@ -157,18 +163,14 @@ class Run:
             sharding.check_heads(self.mesh, program.model.decoder_heads, name="decoder_heads")
         return program
 
-    def _check_hand_overs(self) -> None:
-        """Every stage takes over all parameters of the one before it."""
-        shapes = lambda stage: jax.tree.map(
-            lambda x: x.shape,
-            sharding.unbox(jax.eval_shape(self.programs[stage.name].init_params)),
-        )
-        for before, stage in zip(self.plan, self.plan[1:]):
-            if shapes(before) != shapes(stage):
-                raise UserError(
-                    f"Stage {stage.name} must have the parameters of stage {before.name}; some differ in "
-                    "name or shape. Give both the same model."
-                )
+    def _plan_starts(self) -> dict[str, stage_start.Start]:
+        """Where the parameters of each stage come from."""
+        starts, before = {}, None
+        for stage in self.plan:
+            program = self.programs[stage.name]
+            starts[stage.name] = stage_start.plan(self.config, program, self.mesh, before=before)
+            before = program
+        return starts
 
     def _identity(self) -> dict[str, str]:
         """What all processes must have in common."""
@@ -201,20 +203,26 @@ class Run:
             self._refuse_other_config(meta)
             return self._abstract_state(meta["stage"])
 
-        first = self.plan[0].name
-        _on_all(lambda: self._check_space(self._abstract_state(first)))
+        first = self.plan[0]
+        _on_all(lambda: self._check_space(self._abstract_state(first.name)))
         found = self.checkpoints.restore(wanted, log=self.say)
         if found is None:
-            program = self.programs[first]
-            self.stage_name = first
-            self.state = sharding.create_sharded_state(
-                program.init_params, program.make_state, self.mesh
-            )
+            self.start(first)
             return
         self.state, meta = found
         self.step, self.stage_name = meta["step"], meta["stage"]
         self.window, self.pending = meta["window"], meta["pending"]
         self.teacher_digest = meta["teacher"]
+
+    def start(self, stage: stages.Stage) -> None:
+        """Makes the state of the first step of a stage; what was trained before is handed over to it."""
+        start = self.starts[stage.name]
+        self.state = start.state(self.state)
+        self.stage_name = stage.name
+        if start.table is not None:
+            if self.first:
+                start.table.save(self.folder, stage.name)
+            self.say(f"Stage {stage.name}: {start.table.summary()}")
 
     def teacher_of(self, stage: stages.Stage) -> Callable[[Batch], Batch]:
         """What adds the teacher's entries to a batch of the stage; loads the teacher.
@@ -258,8 +266,9 @@ class Run:
         number = "" if self.first else f"-{jax.process_index()}"  # each process lists what it read
         bad = self.folder / f"bad_examples{number}.jsonl"
         share, count = config.data.bad_share, config.data.bad_count
-        self.ledger = BadLedger(bad, max_share=share, min_count=count, total=videos)
-        self.held_out_ledger = BadLedger(bad, max_share=1.0)
+        lists = sorted(self.folder.glob("bad_examples*.jsonl"))
+        self.ledger = BadLedger(bad, max_share=share, min_count=count, total=videos, others=lists)
+        self.held_out_ledger = self.ledger.apart()
         self._introduce()
 
     def _write_facts(self) -> None:

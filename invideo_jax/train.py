@@ -107,19 +107,8 @@ class Trainer(Run):
         if inside == stage.steps:
             return None
         if stage.name != self.stage_name:
-            self._hand_over(stage)
+            self.start(stage)
         return stage
-
-    def _hand_over(self, stage: stages.Stage) -> None:
-        """The next stage starts with the parameters of the last one, and with a fresh optimiser."""
-        shardings = jax.tree.map(lambda x: x.sharding, self._abstract_state(stage.name))
-        make_state = self.programs[stage.name].make_state
-        with sharding.use(self.mesh):
-            self.state = jax.jit(make_state, out_shardings=shardings)(self.state.params)
-        self.stage_name = stage.name
-        self.say(
-            f"Stage {stage.name} starts with the parameters of the last one, at step {self.step}."
-        )
 
     def _train(self, program: programs.Program) -> int:
         """Trains one stage to its end, or until the run must stop; returns the exit code."""

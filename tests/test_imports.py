@@ -13,7 +13,7 @@ LAYERS = (
     ("train", "evaluate", "features"),
     ("run",),
     ("checks",),
-    ("build", "teaching"),
+    ("build", "teaching", "stage_start"),
     ("programs",),
     ("report",),
     ("evals",),

@@ -17,6 +17,19 @@ def masked_stage() -> ml_collections.ConfigDict:
     stage.batch_size = 2048  # clips a step, over all devices
     stage.accumulation = 1  # microbatches a step; the result does not depend on it
 
+    # Where the parameters come from at the start of the stage; every one that has no source must be named.
+    stage.init = ml_collections.ConfigDict()
+    # A workdir ('DIR', or 'DIR@STEP'), or a folder that interop.from_torch wrote; '': the stage before
+    # (the first stage starts fresh).
+    stage.init.source = ""
+    stage.init.ema = True  # the moving average, where the source keeps one
+    stage.init.rename = ()  # 'pattern->replacement' on the source's paths
+    stage.init.fresh = ()  # patterns of parameters that start fresh
+    stage.init.leftover = ()  # patterns of the source's parameters that are not taken
+    stage.init.old_frames = 0  # frames the source's positions are for; 0: as the source says
+    stage.init.inflate = ""  # a patch kernel over a longer tubelet: 'repeat' or 'centre'
+    stage.init.label_map = ""  # classes kept of the source's head: 'first', or a JSON file
+
     stage.clip = ml_collections.ConfigDict()
     stage.clip.frames = 16
     stage.clip.size = 224  # pixels, height and width
