@@ -71,17 +71,20 @@ def _first_block(row: names.Row, table: names.Layout, shapes: Shapes) -> int:
 # ---- theirs -> ours ---------------------------------------------------------------------------------
 
 
-def to_leaves(state: Mapping[str, Any], *, layout: str, expected: Shapes) -> dict[str, Leaf]:
+def to_leaves(
+    state: Mapping[str, Any], *, layout: str, expected: Shapes, table: names.Layout | None = None
+) -> dict[str, Leaf]:
     """Path -> leaf of our parameters, from key -> array (or leaf) of a state dict.
 
     Args:
         layout: name in `names.LAYOUTS`.
         expected: path -> shape of the model's parameters.
+        table: to use instead of that layout's.
 
     Raises:
         UserError: keys that are missing or not used, or arrays of another shape than the model's.
     """
-    table = names.get(layout)
+    table = table or names.get(layout)
     have = {spelled(key, table): leaf(value) for key, value in state.items()}
     if len(have) != len(state):
         raise UserError(f"A file must not hold one key in two spellings of layout {layout!r}.")
@@ -116,7 +119,7 @@ def _assembled(path: str, found: list, have: Mapping[str, Leaf], want: tuple[int
         size = have[key].shape[0] // parts if have[key].shape else 1
         return TURNS[row.turn].ours(have[key].rows(part * size, (part + 1) * size))
 
-    dtype = np.result_type(*{have[key].dtype for _, key in found})
+    dtype = TURNS[row.turn].dtypes[0] or np.result_type(*{have[key].dtype for _, key in found})
     if not stacked:
         return deferred(want, dtype, lambda: one(found[0][1]))
 
@@ -162,11 +165,11 @@ def _check_tied(value: Leaf, other: Leaf, key: str) -> None:
 
 # What a shape that differs says about the model, by our path and the axis that differs; and the option.
 _HINTS: tuple[tuple[str, str], ...] = (
-    (r"position|_pos", "--frames and --image_size say the model's, --old_frames the file's; "
-     "--interpolate makes the table for the model's from the file's."),
+    (r"position|_pos", "--old_frames and --old_image_size say what the file's model was made for; "
+     "--frames and --image_size what the new one is for, whose table is then interpolated."),
     (r"(^|/)(head|classifier)/(kernel|bias)$", "The last axis is the number of classes (or of pixels in "
-     "a cube: patch, tubelet): --model.classes=N, --first_classes or --label_map=FILE keep some "
-     "classes, --fresh='head/*' starts a new head."),
+     "a cube: patch, tubelet): --first_classes=K or --label_map=FILE keep some classes, "
+     "--fresh='head/*' starts a new head."),
     (r"patch_embed", "Check patch, tubelet and channels: --model.patch, --model.tubelet."),
     (r"/blocks/|stack", "Check the model's size: width, heads, MLP width: --size or --model.width, "
      "--model.mlp_width."),
@@ -243,4 +246,4 @@ def _one(row: names.Row, block: int | None, flat: Mapping[str, Leaf], cube) -> L
     shape = TURNS[row.turn].theirs(np.broadcast_to(np.zeros((), bool), shape), cube).shape
     if len(inside) > 1:
         shape = (shape[0] * len(inside), *shape[1:])
-    return deferred(shape, inside[0].dtype, whole)
+    return deferred(shape, TURNS[row.turn].dtypes[1] or inside[0].dtype, whole)

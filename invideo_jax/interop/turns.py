@@ -16,11 +16,13 @@ class Turn:
         ours: PyTorch array -> ours.
         theirs: our array, and (frames, rows, columns) of a cube -> PyTorch array.
         axes: axes of the PyTorch array; None for any number.
+        dtypes: that ours and theirs always have; None for each other's.
     """
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray, Cube], np.ndarray]
     axes: int | None = None
+    dtypes: tuple[type | None, type | None] = (None, None)
 
 
 TURNS: dict[str, Turn] = {
@@ -41,6 +43,13 @@ TURNS: dict[str, Turn] = {
     # (O, C, ...) <-> (..., C, O): a convolution that stays one
     "kernel": Turn(
         lambda x: np.moveaxis(x, (0, 1), (-1, -2)), lambda x, cube: np.moveaxis(x, (-1, -2), (0, 1))
+    ),
+    # a number of steps, which is a parameter here, and parameters are float32
+    "count": Turn(
+        lambda x: x.astype(np.float32),
+        lambda x, cube: x.astype(np.int64),
+        0,
+        (np.float32, np.int64),
     ),
     "token": Turn(lambda x: x.reshape(-1), lambda x, cube: x.reshape(1, 1, -1), 3),  # (1, 1, D)
     "table": Turn(lambda x: x[0], lambda x, cube: x[None], 3),  # (1, N, D)

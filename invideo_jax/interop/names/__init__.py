@@ -29,6 +29,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+# Stage 1 and distillation differ by the heads that a model has, which are optional rows.
+LAYOUTS |= dict.fromkeys(("internvideo2_stage1", "internvideo2_distill"), LAYOUTS["internvideo2"])
+
+
 def get(name: str) -> Layout:
     """The layout called `name`; UserError for an unknown one."""
     if name not in LAYOUTS:
