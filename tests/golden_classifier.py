@@ -51,9 +51,8 @@ _TABLE = "param_weight_decay_and_lr_scale_at_layer_decay_0_75"
 _LAYOUT = "internvideo2_classification"
 
 
-def model_of(meta: Mapping[str, Any], activation: str) -> Classifier:
-    """The model of the original's constructor arguments."""
-    config = meta["config"]
+def model_of(config: Mapping[str, Any], state: Tensors, activation: str) -> Classifier:
+    """The model of the original's constructor arguments; of its three classes one has `extra_mlp`."""
     for name, value in config.items():
         if name not in {*_ENCODER, *_HEAD, *_ELSEWHERE}:
             raise ValueError(f"argument {name}={value!r} is not known here")
@@ -66,8 +65,8 @@ def model_of(meta: Mapping[str, Any], activation: str) -> Classifier:
         layer_scale_float32=not config.get("layerscale_no_force_fp32", False),
         activation=activation,
     )
-    found = re.search(r"internvideo2(_ap|_cat)?\b", meta["what"])
-    variant = {"_ap": "attentive", "_cat": "cat", None: "plain"}[found and found.group(1)]
+    attentive = any(key.startswith("extra_mlp.") for key in state)
+    variant = "attentive" if attentive else "cat" if "merge_method" in config else "plain"
     return Classifier(encoder, variant=variant, **of(_HEAD))
 
 
@@ -76,7 +75,7 @@ def _blocks(wanted: Sequence[str]) -> tuple[int, ...]:
     return tuple(int(m.group(1)) for m in found if m)
 
 
-def optimizer_table(boxed: Any, decay: float, config: Mapping[str, Any]) -> dict[str, Any]:
+def optimizer_table(boxed: Any, decay: float) -> dict[str, Any]:
     """Their key -> (weight decay, factor of the rate), as the official optimiser groups have them."""
     leaves = optim.plan(
         "adamw",
@@ -97,30 +96,31 @@ def optimizer_table(boxed: Any, decay: float, config: Mapping[str, Any]) -> dict
 def run(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome:
     """Logits for both GELUs, inner activations, loss, gradients, batch norm, optimiser groups."""
     video = jnp.asarray(inputs["video"].transpose(0, 2, 3, 4, 1))
-    model = model_of(meta, "gelu")
+    model = model_of(meta["config"], state, "gelu")
     boxed = jax.eval_shape(lambda: classifier.init(model, jax.random.key(0)))
     params = to_params(state, layout=_LAYOUT, expected=sharding.unbox(boxed))
     cube = (model.encoder.tubelet, model.encoder.patch, model.encoder.patch)
     back = lambda tree: to_state_dict(jax.device_get(tree), layout=_LAYOUT, cube=cube)
-    run_model = jax.jit(
-        lambda p, v: model.apply({"params": p}, v, features=_blocks(wanted)), donate_argnums=()
-    )
+    run_model = jax.jit(lambda p, v: model.apply({"params": p}, v, features=_blocks(wanted)))
     logits, out = run_model(params, video)
-    tanh, _ = jax.jit(
-        lambda p, v: model_of(meta, "gelu_tanh").apply({"params": p}, v),
-    )(params, video)
+    other = model_of(meta["config"], state, "gelu_tanh")
+    tanh, _ = jax.jit(lambda p, v: other.apply({"params": p}, v))(params, video)
     tensors = {
         "out/logits": logits,
         "out/logits_tanh_gelu": tanh,
         "trace/tokens_in": out.pop("embedded"),
     }
     tensors |= {f"trace/{name}": value for name, value in out.items()}
+    notes = ()
     if model.counts_batches:
         trained, more = model.apply({"params": params}, video, train=True)
-        moved = classifier.with_statistics(params, more["statistics"])["down_norm"]
+        after = classifier.with_statistics(params, more["statistics"])["down_norm"]
+        if params["down_norm"]["batches"] > 0:
+            # Saved behind the training step, so that the state before it is nowhere.
+            after, notes = params["down_norm"], ("the state already has its training step in it",)
         tensors["out/train_logits"] = trained
-        tensors["out/after_train_down_norm.running_mean"] = moved["mean"]
-        tensors["out/after_train_down_norm.running_var"] = moved["variance"]
+        tensors["out/after_train_down_norm.running_mean"] = after["mean"]
+        tensors["out/after_train_down_norm.running_var"] = after["variance"]
     if "label" in inputs:
         batch = {"label": jnp.asarray(inputs["label"]), "valid": jnp.ones(len(video), bool)}
 
@@ -134,10 +134,10 @@ def run(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome
         tensors |= {f"grad/{key}": g for key, g in grads.items()}
     json_only = {}
     if _TABLE in meta:
-        ours = optimizer_table(boxed, 0.75, meta["config"])
+        ours = optimizer_table(boxed, 0.75)
         tensors |= {f"optimizer/{key}": value for key, value in ours.items()}
         json_only = {f"optimizer/{key}": value for key, value in meta[_TABLE].items()}
-    return Outcome(tensors, back(params), wanted=json_only)
+    return Outcome(tensors, back(params), wanted=json_only, notes=notes)
 
 
 def _floats(params: Any) -> Any:
