@@ -11,7 +11,9 @@ A family of files is one module `tests/golden_*.py` with
     claims(meta, tensors) -> bool: whether `run` is for files like this one
     run(meta, state, inputs, wanted names) -> Outcome
 
-where `meta` is the json with the file's name added as "file".
+where `meta` is the json with the file's name added as "file", and `inputs` the tensors of `in/` without
+that prefix; those of groups that are neither state nor input are there too, by their whole names, for the
+few that are inputs of a loss (see `Outcome.given`).
 """
 
 import argparse
@@ -142,9 +144,10 @@ def check(path: pathlib.Path) -> bool:
         run = family(meta, tensors)
         state, inputs = _split(tensors, "state/"), _split(tensors, "in/")
         wanted = {k: v for k, v in tensors.items() if not k.startswith("state/")}
+        inputs |= {k: v for k, v in wanted.items() if not k.startswith("in/")}
         outcome = run(meta, state, inputs, list(wanted))
-    except (ValueError, KeyError, OSError) as error:
-        print(f"  FAIL could not run: {error}")
+    except Exception as error:  # one file must not hide the others
+        print(f"  FAIL could not run: {type(error).__name__}: {error}")
         return False
     # Inputs are given, but for those that we compute ourselves (position tables).
     given = {k for k in wanted if k.startswith("in/")} | outcome.given
