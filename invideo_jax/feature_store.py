@@ -46,7 +46,7 @@ def _shapes(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _require_same(folder: pathlib.Path, saved: Mapping[str, Any], want: Mapping[str, Any]) -> None:
     """Raises UserError unless the folder belongs to what is wanted of it."""
-    for name in sorted({*saved, *want} - {"arrays"}):
+    for name in sorted({*saved, *want} - {"arrays", "weights"}):
         if saved.get(name) != want.get(name):
             raise UserError(
                 f"The features in {folder} must be of the same {name}; they are of "
@@ -60,13 +60,13 @@ def _read_facts(folder: pathlib.Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _parts(folder: pathlib.Path) -> dict[pathlib.Path, list[str]]:
-    """The example ids of each part, in the order of its rows."""
+def _parts(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
+    """The headers of the parts: `ids`, in the order of the rows, and `reached`."""
     found = {}
     for path in sorted(folder.glob("part-*.safetensors")):
         try:
             with safe_open(path, framework="numpy") as file:
-                found[path] = json.loads(file.metadata()["ids"])
+                found[path] = json.loads(file.metadata()["header"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is damaged ({error}). Delete it and run the same command again: it makes what "
@@ -80,9 +80,14 @@ class Writer:
 
     Args:
         folder: made if it is not there.
-        facts: what the arrays belong to; a folder of other facts is an error.
+        facts: what the arrays belong to; a folder of other facts is an error. `weights` is kept beside
+            them, and not compared.
         name: of this writer: several may write into one folder at the same time.
         part_bytes: about how large a part becomes.
+
+    Attributes:
+        done: ids of the examples that are there.
+        reached: what the caller last set it to before the newest part of this writer; {} at first.
 
     Raises:
         UserError: a folder of other features, or a damaged part.
@@ -103,8 +108,10 @@ class Writer:
         if self._saved is not None:
             _require_same(folder, self._saved, self.facts)
         parts = _parts(folder)
-        self.done = {i for ids in parts.values() for i in ids}
-        self._next = len([p for p in parts if p.name.startswith(f"part-{name}-")])
+        self.done = {i for header in parts.values() for i in header["ids"]}
+        own = [path for path in parts if path.name.startswith(f"part-{name}-")]
+        self.reached: dict[str, Any] = parts[own[-1]]["reached"] if own else {}
+        self._next = int(own[-1].stem[-6:]) + 1 if own else 0
         self._rows: dict[str, Arrays] = {}
 
     def __enter__(self) -> "Writer":
@@ -138,7 +145,7 @@ class Writer:
             return
         names = next(iter(self._rows.values()))
         stacked = {n: _bits(np.stack([r[n] for r in self._rows.values()])) for n in names}
-        header = {"ids": json.dumps(list(self._rows))}
+        header = {"header": json.dumps({"ids": list(self._rows), "reached": self.reached})}
         path = self.folder / f"part-{self.name}-{self._next:06d}.safetensors"
         _replace(path, lambda partial: save_file(stacked, partial, metadata=header))
         self._rows, self._next = {}, self._next + 1
@@ -169,8 +176,8 @@ class Reader:
         }
         self._places = {
             example: (path, row)
-            for path, ids in _parts(folder).items()
-            for row, example in enumerate(ids)
+            for path, header in _parts(folder).items()
+            for row, example in enumerate(header["ids"])
         }
         self._open: OrderedDict[pathlib.Path, Any] = OrderedDict()
 

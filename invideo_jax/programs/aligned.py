@@ -124,7 +124,7 @@ def require_fixed_clips(clip: Mapping[str, Any], *, key: str = "stages.NAME") ->
     """Raises UserError unless every example always gives the same clip, so that its features can be kept."""
     fixed = {
         "sampling": ("middle",),
-        "crop": ("center", "resize"),
+        "crop": ("center",),
         "flip": (0.0,),
         "randaugment": ("",),
         "erase": (0.0,),
