@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from invideo_jax import optim, sharding
 from invideo_jax.interop import mapping
@@ -124,29 +123,18 @@ def run(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome
     if "label" in inputs:
         batch = {"label": jnp.asarray(inputs["label"]), "valid": jnp.ones(len(video), bool)}
 
-        def loss(floats):
-            logits, _ = model.apply({"params": _with_counts(floats, params)}, video)
+        def loss(params):
+            logits, _ = model.apply({"params": params}, video)
             return classify.soft_cross_entropy(logits, batch, classes=model.classes).value
 
-        value, grad = jax.jit(jax.value_and_grad(loss))(_floats(params))
-        tensors["loss/cross_entropy"] = value
-        grads = back(_with_counts(grad, params))
-        tensors |= {f"grad/{key}": g for key, g in grads.items()}
+        tensors["loss/cross_entropy"], grad = jax.jit(jax.value_and_grad(loss))(params)
+        tensors |= {f"grad/{key}": g for key, g in back(grad).items()}
     json_only = {}
     if _TABLE in meta:
         ours = optimizer_table(boxed, 0.75)
         tensors |= {f"optimizer/{key}": value for key, value in ours.items()}
         json_only = {f"optimizer/{key}": value for key, value in meta[_TABLE].items()}
     return Outcome(tensors, back(params), wanted=json_only, notes=notes)
-
-
-def _floats(params: Any) -> Any:
-    return jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.floating) else None, params)
-
-
-def _with_counts(floats: Any, params: Any) -> Any:
-    pick = lambda new, old: old if new is None else new
-    return jax.tree.map(pick, floats, params, is_leaf=lambda x: x is None)
 
 
 def _is_internvideo2(meta: Mapping[str, Any], tensors: Tensors) -> bool:

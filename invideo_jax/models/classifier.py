@@ -53,7 +53,7 @@ class BatchNorm(nn.Module):
         width = x.shape[-1:]
         mean = self.param("mean", named(zeros, "norm"), width)
         variance = self.param("variance", named(ones, "norm"), width)
-        self.param("batches", lambda key: jnp.zeros((), jnp.int32))
+        self.param("batches", named(zeros), ())
         x, statistics = x.astype(jnp.promote_types(x.dtype, jnp.float32)), {}
         if train:
             mean = x.mean((0, 1))

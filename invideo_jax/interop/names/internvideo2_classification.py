@@ -12,7 +12,7 @@ _MERGED = [
     *norm("down_norm", "down_norm"),
     Row("down_norm.running_mean", ("down_norm/mean",)),
     Row("down_norm.running_var", ("down_norm/variance",)),
-    Row("down_norm.num_batches_tracked", ("down_norm/batches",)),
+    Row("down_norm.num_batches_tracked", ("down_norm/batches",), "count"),
     *linear("down.0", "down"),
 ]
 
