@@ -13,7 +13,8 @@ import numpy as np
 from invideo_jax import config as config_lib
 from invideo_jax import handover, programs, run, sharding
 from invideo_jax.errors import UserError
-from invideo_jax.models import pixels, video_mae
+from invideo_jax.interop import models as imported
+from invideo_jax.models import pixels
 
 PyTree = Any
 KINDS = ("clip", "frame", "token")
@@ -92,17 +93,11 @@ def _module(source: handover.Source) -> tuple[nn.Module, str]:
     """The encoder as it was trained, and where its parameters are."""
     meta = source.meta
     if "arguments" in meta:
-        return _imported(meta["model"], meta["arguments"])
+        return imported.encoder_of(imported.make(meta))
     config = config_lib.from_saved(meta["config"])
     stages = {s.name: s for s in run.place_stages(config, meta["epoch_examples"])}
     program = programs.program(config, stages[meta["stage"]])
     return program.encoder, program.encoder_path
-
-
-def _imported(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, str]:
-    if name == "video_mae":
-        return video_mae.make(**arguments).encoder, "encoder"
-    return programs.base.ENCODERS.get(name)(**arguments), ""
 
 
 def _init(module: nn.Module) -> PyTree:
@@ -119,7 +114,8 @@ def _has_pool(module: nn.Module) -> bool:
 
 def _about(module: nn.Module, source: handover.Source) -> dict[str, Any]:
     plain = (bool, int, float, str, type(None))
-    fields = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+    skip = ("parent", "name", "scan", "remat")
+    fields = [f.name for f in dataclasses.fields(module) if f.name not in skip]
     arguments = {f: getattr(module, f) for f in fields if isinstance(getattr(module, f), plain)}
     arguments |= {"dtype": np.dtype(module.dtype).name}
     keep = {k: source.about[k] for k in ("weights", "step", "digest") if k in source.about}

@@ -68,6 +68,8 @@ class Match:
         now = spans(*self.grid)
         prefix = new - math.prod(now)
         if prefix not in (0, 1):
+            if new == old:
+                return "copy", {}  # positions of something else, as of words
             raise Differs(f"{new} rows are none of the grid {times(self.grid)}")
         rows = old - prefix
         before = spans(*self.old_grid) if self.old_grid and not self.old_slots else None
