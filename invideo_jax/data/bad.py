@@ -124,6 +124,12 @@ class BadLedger:
         if len(self._bad) > self.min_count and self.share > self.max_share:
             raise TooManyBad(self._message())
 
+    def apart(self) -> "BadLedger":
+        """A ledger with the same list and a count of its own that never stops: for clips that aren't trained on."""
+        other = BadLedger(None, max_share=1.0)
+        other.file, other._listed, other.hanging = self.file, self._listed, self.hanging
+        return other
+
     def found_hanging(self, example: str, failure: dict[str, str]) -> None:
         """Lists an example that hung, before any batch comes, so that a start after this one passes it over.
 

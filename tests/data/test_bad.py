@@ -78,6 +78,17 @@ def test_a_resumed_run_lists_nothing_twice_and_ends_a_cut_line(tmp_path):
     assert ledger.count == 2
 
 
+def test_a_ledger_apart_counts_for_itself_and_lists_nothing_twice(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    ledger = BadLedger(path, max_share=0.0, min_count=1)
+    other = ledger.apart()
+    other.observe([row(("a", "empty")), row(("b", "empty"))])
+    ledger.observe([row(("a", "empty"))])
+    other.found_hanging("f#3", dict(path="c", id="c", reason="hanging", detail="d"))
+    assert [r["path"] for r in lines(path)] == ["a", "b", "c"]
+    assert (other.count, ledger.count) == (2, 1) and ledger.hanging == {"f#3": "c"}
+
+
 def test_stops_above_share_and_count():
     ledger = BadLedger(None, max_share=0.1, min_count=5)
     ledger.observe([row((f"{i}", "empty")) for i in range(5)])  # all bad, yet only min_count
