@@ -12,6 +12,7 @@ from invideo_jax import config as config_lib
 from invideo_jax import handover, sharding
 from invideo_jax.errors import UserError
 from invideo_jax.handover.matching import Grid
+from invideo_jax.interop import models
 from invideo_jax.programs import Program, base
 from invideo_jax.state import TrainState
 
@@ -112,10 +113,9 @@ def _grid(meta: Mapping[str, Any]) -> Grid | None:
     if "config" in meta:  # of a workdir
         saved = config_lib.from_saved(meta["config"])
         return base.encoder(saved, meta["stage"], dtype=jnp.float32).grid
-    told = meta.get("arguments", {})
-    told = told.get("encoder", told)
+    if "arguments" not in meta:
+        return None
     try:
-        side = told["image_size"] // told["patch"]
-        return told["frames"] // told["tubelet"], side, side
-    except KeyError:
+        return models.encoder_of(models.make(meta))[0].grid
+    except UserError:  # a tower without pictures
         return None
