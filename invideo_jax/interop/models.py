@@ -28,6 +28,7 @@ MODELS = Registry(
         "aligned": "invideo_jax.models.alignment:AlignedEncoder",
         "heads": "invideo_jax.models.alignment:HeadsSpec",
         "final": "invideo_jax.models.alignment:FinalSpec",
+        "projected": "invideo_jax.models.alignment:ProjectedEncoder",
         "classifier": "invideo_jax.models.classifier:Classifier",
     },
 )
