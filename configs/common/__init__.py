@@ -3,9 +3,19 @@
 import ml_collections
 
 from configs.common.aligned import aligned_stage, smoke_teachers
+from configs.common.classify import classify_stage, evaluation, smoke_stage
 from configs.common.masked import masked_stage
 
-__all__ = ["aligned", "aligned_stage", "base", "masked_stage", "parse_arg", "smoke"]
+__all__ = [
+    "aligned",
+    "aligned_stage",
+    "base",
+    "classifier",
+    "classify_stage",
+    "masked_stage",
+    "parse_arg",
+    "smoke",
+]
 
 
 def parse_arg(arg: str | None, *words: str, **defaults: str) -> dict[str, str | bool]:
@@ -114,6 +124,21 @@ def aligned() -> ml_collections.ConfigDict:
     return c
 
 
+def classifier(encoder: str) -> ml_collections.ConfigDict:
+    """A run of one stage of classification; `encoder` is a `model.name`."""
+    c = base()
+    c.model.name = encoder
+    c.model.layer_scale = 1e-5 if encoder == "internvideo2" else 0.0
+    del c.stages.masked
+    c.stages.finetune = classify_stage()
+    c.stage_order = ("finetune",)
+    c.evals = evaluation()
+    c.checkpoint.every = "1 epochs"
+    c.checkpoint.best = "classification/top1"
+    c.checkpoint.best_mode = "max"
+    return c
+
+
 def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks every size of a recipe, and keeps its shape: a run of seconds on a CPU.
 
@@ -132,6 +157,8 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         stage.optimizer.learning_rate = 1e-3
         if "teachers" in stage:
             smoke_teachers(stage.teachers)
+        if "head" in stage:
+            smoke_stage(stage)
     c.data.train = c.data.train or "synthetic:data/synthetic"
     c.checkpoint.every = "10 steps"
     for name in c.evals:
