@@ -36,6 +36,7 @@ EVALUATORS = Registry(
         "reconstruction": "invideo_jax.evals.reconstruction:make",
         "loss": "invideo_jax.evals.loss:make",
         "classification": "invideo_jax.evals.classification:make",
+        "multi_view": "invideo_jax.evals.classification:make",  # as well, with other options
         "probe": "invideo_jax.evals.probe:make",
         "knn": "invideo_jax.evals.knn:make",
     },

@@ -37,7 +37,7 @@ class Evaluator:
         examples: the first so many held-out videos.
         clips, crops: views of each video, clips spread over time, crops 1 or 3.
         per_class: whether what is right and what is mistaken for what, class by class, is kept in
-            `workdir/classification/step_XXXXXXXX.json`.
+            `workdir/classification_<clips>x<crops>/step_XXXXXXXX.json`.
 
     Source: the test of VideoMAE and InternVideo2, `final_test` and `merge`.
     """
@@ -45,7 +45,8 @@ class Evaluator:
     def __init__(self, given: Given, *, examples: int, clips: int, crops: int, per_class: bool):
         self.given, self.examples = given, examples
         self.views = dict(clips=clips, crops=crops)
-        self.folder = given.workdir / "classification" if per_class and given.workdir else None
+        name = f"classification_{clips}x{crops}"
+        self.folder = given.workdir / name if per_class and given.workdir else None
         self._scores = jax.jit(lambda params, batch: jax.nn.softmax(given.predict(params, batch)))
 
     def run(self, params: Any, step: int) -> Iterator[tuple[str, float]]:
