@@ -30,6 +30,13 @@ MODELS = Registry(
         "final": "invideo_jax.models.alignment:FinalSpec",
         "projected": "invideo_jax.models.alignment:ProjectedEncoder",
         "classifier": "invideo_jax.models.classifier:Classifier",
+        "stage2": "invideo_jax.models.stage2:Stage2",
+        "video_clip": "invideo_jax.models.stage2:VideoClip",
+        "bert": "invideo_jax.models.text_encoder:Bert",
+        "clip_text": "invideo_jax.models.text_encoder:ClipText",
+        "clip_vit": "invideo_jax.models.clip_vit:ClipViT",
+        "umt": "invideo_jax.models.umt:UMTStudent",
+        "uniformer_v2": "invideo_jax.models.uniformer_v2:UniFormerV2",
     },
 )
 # Attributes that change no number of the model in evaluation.
@@ -64,6 +71,14 @@ def _plain(value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(value):
         return describe(value)
     raise UserError(f"{name} must be a plain value to be written as text; got {value!r}.")
+
+
+def text_of(model: Any) -> dict[str, Any] | None:
+    """`describe`, or None for a model that cannot be written as text."""
+    try:
+        return describe(model)
+    except UserError:
+        return None
 
 
 def make(meta: Mapping[str, Any], **overrides: Any) -> Any:
@@ -145,27 +160,33 @@ def cube_of(model: nn.Module) -> tuple[int, int, int]:
     return getattr(encoder, "tubelet", 1), encoder.patch, encoder.patch
 
 
-def embed(model: nn.Module, params: PyTree, video: Any) -> dict[str, jax.Array]:
+def embed(model: nn.Module, params: PyTree, video: Any) -> dict[str, np.ndarray]:
     """What an exported model is compared by.
 
     Args:
         video: normalised float [B, T, H, W, C].
 
     Returns:
-        'tokens' [B, prefix+N, D], and where the model has them 'pooled' [B, P], 'clip_final' [B, C],
-        'logits' [B, classes].
+        float32 'tokens' [B, prefix+N, D], and where the model has them 'pooled' [B, P], 'clip_final'
+        [B, C], 'projected' [B, C], 'logits' [B, classes].
     """
-    encoder, path = encoder_of(model)
-    inside = params
-    for part in filter(None, path.split("/")):
-        inside = inside[part]
-    tokens, _ = encoder.apply({"params": inside}, video)
-    out = {"tokens": tokens}
-    if getattr(encoder, "pool_width", 0):
-        out["pooled"] = encoder.apply({"params": inside}, tokens, method="pooled")
     kind = next(n for n in MODELS if MODELS.get(n) is type(model))
-    if kind == "aligned" and model.final:
-        out["clip_final"] = model.apply({"params": params}, video)["clip_final"]
-    if kind == "classifier":
-        out["logits"] = model.apply({"params": params}, video)[0]
+    encoder, path = encoder_of(model)
+
+    def run(params, video):
+        if kind in ("aligned", "projected"):
+            out = model.apply({"params": params}, video)
+            return {n: out[n] for n in ("tokens", "pooled", "clip_final", "projected") if n in out}
+        if kind == "classifier":
+            logits, out = model.apply({"params": params}, video)
+            return {"tokens": out["tokens"], "pooled": out["pooled"], "logits": logits}
+        for part in filter(None, path.split("/")):
+            params = params[part]
+        tokens, _ = encoder.apply({"params": params}, video)
+        if not getattr(encoder, "pool_width", 1):
+            return {"tokens": tokens}
+        pooled = encoder.apply({"params": params}, tokens, method="pooled")
+        return {"tokens": tokens, "pooled": pooled}
+
+    out = jax.jit(run)(params, jax.numpy.asarray(video))
     return {name: np.asarray(value, np.float32) for name, value in out.items()}
