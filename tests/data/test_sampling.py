@@ -1,7 +1,6 @@
 """Frame numbers of clips: closed forms, plain loops, invariances, and the published code's own examples."""
 
 import json
-import random
 
 import numpy as np
 import pytest
@@ -9,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from invideo_jax.data import sampling
+from invideo_jax.errors import UserError
+from tests import golden, golden_data
 
 
 class Fixed:
@@ -172,154 +173,45 @@ def test_segments_reach_every_frame():
 # The published code's examples --------------------------------------------------------------------
 
 
-class NumpyDraws:
-    """The published loaders draw from np.random."""
-
-    def __init__(self, seed):
-        self.state = np.random.RandomState(seed)
-
-    def integers(self, low, high, size=None):
-        return self.state.randint(low, high, size=size)
-
-    def permutation(self, n):
-        return self.state.permutation(n)
-
-
-class PythonDraws(NumpyDraws):
-    """kinetics_sparse draws with random.randint, multi_modality with random.choice."""
-
-    def __init__(self, seed, choice=False):
-        super().__init__(seed)
-        self.random, self.choice = random.Random(seed), choice
-
-    def integers(self, low, high, size=None):
-        return (
-            self.random.choice(range(low, high))
-            if self.choice
-            else self.random.randint(low, high - 1)
-        )
-
-
 @pytest.fixture(scope="module")
 def examples(shared):
-    return {
-        name: group["examples"]
-        for name, group in json.loads((shared / "golden/f_data_functions.json").read_text()).items()
-    }
-
-
-def pretraining(e):
-    if e["mode"].startswith("dense"):
-        return sampling.dense(
-            e["video_len"], e["new_length"], e["new_step"], NumpyDraws(e["np_seed"])
-        )
-    return sampling.tsn_segments(e["video_len"], e["num_segments"], NumpyDraws(e["np_seed"]))
-
-
-def fine_tuning_dense(e):
-    n, t, s = e["video_len"], e["clip_len"], e["frame_sample_rate"]
-    if e["mode"] == "test":
-        return sampling.dense_view(n, t, s, e["chunk_nb"], e["test_num_segment"])
-    return sampling.window(n, t, s, NumpyDraws(e["np_seed"]) if e["mode"] == "train" else None)
-
-
-def fine_tuning_sparse(e):
-    n, t = e["video_len"], e["num_frames"]
-    if e["mode"] == "train":
-        return sampling.segments_inclusive(n, t, PythonDraws(e["py_random_seed"]))
-    views = 1 if e["mode"] == "validation" else e["test_num_segment"]
-    return sampling.segments_inclusive_view(n, t, e["clip_idx"], views)
-
-
-def multi_modal(e):
-    if e["sample"] == "rand":
-        return sampling.rand(e["vlen"], e["num_frames"], PythonDraws(e["seed"], choice=True))
-    return sampling.middle(e["vlen"], e["num_frames"])
-
-
-def something(e):
-    n, t = e["video_len"], e["num_segment"]
-    if e["mode"] == "train":
-        return sampling.tsn_segments(n, t, NumpyDraws(e["np_seed"]))
-    if e["mode"] == "validation":
-        return sampling.tsn_middle(n, t)
-    return sorted([*sampling.tsn_view(n, t, 0), *sampling.tsn_view(n, t, 1)])
-
-
-def agreement(rows, rule):
-    """(examples that agree, those that differ)."""
-    same, other = [], []
-    for e in rows:
-        (same if list(map(int, rule(e))) == e["frame_ids"] else other).append(e)
-    return same, other
-
-
-@pytest.mark.parametrize(
-    "name", ["VideoMAE.kinetics.VideoMAE (MCG-NJU)", "IV2.datasets.mae.VideoMAE"]
-)
-def test_pretraining_examples(examples, name):
-    # sampling_rate > 1 with segments raises there. Jitter within the stride, which no published
-    # recipe uses, is left out.
-    rows = [e for e in examples[name] if "error" not in e]
-    rows = [e for e in rows if not e["temporal_jitter"]]
-    same, other = agreement(rows, pretraining)
-    assert not other and len(same) == (126 if name.startswith("VideoMAE") else 210)
-
-
-def test_fine_tuning_dense_examples(examples):
-    rows = [
-        e
-        for e in examples["kinetics.VideoClsDataset.loadvideo_decord"]
-        if not e["mode"].startswith("test(")
+    """(group, example, its rule) of every published example."""
+    groups = json.loads((shared / "golden/f_data_functions.json").read_text())
+    return [
+        (name, e, golden_data.rule_of(name, e))
+        for name, group in groups.items()
+        for e in group["examples"]
     ]
-    same, other = agreement(rows, fine_tuning_dense)
-    assert len(same) == 252 + 189 + 72
-    # Deliberately different, all of them validation of videos longer than the window: InternVideo2
-    # takes the middle offset for the end (negative numbers), VideoMAE a random window; here it is
-    # the middle window.
-    assert len(other) == 54
-    for e in other:
-        assert e["mode"] == "validation" and e["video_len"] > e["clip_len"] * e["frame_sample_rate"]
-    assert any(min(e["frame_ids"]) < 0 for e in other)
 
 
-def test_fine_tuning_sparse_examples(examples):
-    same, other = agreement(examples["IV2.kinetics_sparse._get_seq_frames"], fine_tuning_sparse)
-    assert not other and len(same) == 273
+def test_published_examples(examples, shared, capsys):
+    assert golden.main([str(shared / "golden/f_data_functions.json")]) == 0
+    equal = [rule for _, _, rule in examples if not rule.reason]
+    differ = [rule for _, _, rule in examples if rule.reason]
+    assert (len(examples), len(equal), len(differ)) == (2249, 1503, 746)
+    said = capsys.readouterr().out
+    assert all(rule.reason in said for rule in differ)
 
 
-def test_multi_modal_examples(examples):
-    rows = [
-        e
-        for e in examples["IV2.multi_modality.get_frame_indices"]
-        if e["sample"] in ("rand", "middle") and "fix_start" not in e
+def test_examples_that_differ_on_purpose_do_differ(examples):
+    """Each reason is true of the published numbers."""
+    of = lambda word, group: [
+        e for name, e, rule in examples if word in rule.reason and group in name
     ]
-    same, other = agreement(rows, multi_modal)
-    assert not other and len(same) == 168
+    window = of("defect 5", "kinetics") + of("draws a window", "kinetics")
+    ours = [golden_data.fine_tuning_dense(e).tolist() for e in window]
+    assert len(window) == 58 and sum(o != e["frame_ids"] for o, e in zip(ours, window)) == 54
+    assert any(min(e["frame_ids"]) < 0 for e in window)
+    early = of("defect 4", "mae_multi")
+    assert len(early) == 210 and sum(min(e["frame_ids"]) < 0 for e in early) > 100
+    assert all(e["frame_ids"][0] == golden_data.pretraining(e)[0] - 1 for e in early)
+    assert all("error" in e for e in of("loader raises", ""))
+    for e in of("hides nothing", "masks"):
+        with pytest.raises(UserError):
+            golden_data.drawn_mask(e)
+    assert sum(max(e["frame_ids"]) >= e["vlen"] for e in of("fix_start", "")) == 31
 
 
-def test_something_something_examples(examples):
-    rows = [
-        e
-        for e in examples["ssv2 (TSN segments)"]
-        if e["test_num_segment"] == 2 or e["mode"] != "test"
-    ]
-    same, other = agreement(rows, something)
-    # Deliberately different: the raw-frame loader's own rules (short videos padded at the front,
-    # its middle one frame off) and VideoMAE's validation, which draws at random.
-    assert {(e["impl"], e["mode"]) for e in other} == {
-        ("IV2.SSRawFrameClsDataset.load_frame", "train"),
-        ("IV2.SSRawFrameClsDataset.load_frame", "validation"),
-        ("MCG.SSVideoClsDataset", "validation"),
-    }
-    assert len(same) == 22 * 5 + 15 + 9 + 4
-
-
-def test_stage_1_list_is_deliberately_different(examples):
-    """The released multi-source loader is one frame early (-1 is the video's last frame); ours is not."""
-    rows = [e for e in examples["IV2.datasets.mae_multi.VideoMAE_multi"] if "error" not in e]
-    assert sum(min(e["frame_ids"]) < 0 for e in rows) > 100
-    for e in rows:
-        ours = pretraining(e)
-        assert min(ours) >= 0
-        assert e["temporal_jitter"] or e["frame_ids"][0] == ours[0] - 1
+def test_a_group_that_nobody_knows_is_an_error():
+    with pytest.raises(ValueError, match="no rule knows the group 'other'"):
+        golden_data.rule_of("other", {})
