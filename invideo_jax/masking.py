@@ -100,6 +100,7 @@ def block(
     blocks: int = 8,
     share: float = 0.15,
     aspect: tuple[float, float] = (0.75, 1.5),
+    one_shape: bool = False,
 ) -> Ids:
     """Several rectangles that last the whole clip, cut or filled up to an exact count.
 
@@ -111,6 +112,7 @@ def block(
         blocks: number of rectangles; they may overlap.
         share: of the frame's area that one rectangle covers.
         aspect: range of height / width, drawn uniformly.
+        one_shape: the rectangles of an example have the same height and width.
 
     Source: multi-block masks of V-JEPA (arXiv:2404.08471) 3; the exact count is ours.
     """
@@ -119,7 +121,8 @@ def block(
 
     def score(key):
         sizes, rows, columns, noise = jax.random.split(key, 4)
-        ratios = jax.random.uniform(sizes, (blocks,), minval=aspect[0], maxval=aspect[1])
+        shapes = (1 if one_shape else blocks,)
+        ratios = jax.random.uniform(sizes, shapes, minval=aspect[0], maxval=aspect[1])
         area = share * h * w
         tall = jnp.clip(jnp.round(jnp.sqrt(area * ratios)), 1, h)
         wide = jnp.clip(jnp.round(jnp.sqrt(area / ratios)), 1, w)
@@ -132,6 +135,85 @@ def block(
 
     mask = _highest(jax.vmap(score)(keys), count)
     return ids_of(jnp.tile(mask, (1, t)), count * t)
+
+
+def multi_block(
+    keys: jax.Array, *, grid: Grid, context: int = 0, predict_rest: bool = False, **options
+) -> Ids:
+    """`block` with rectangles of one shape, of whose visible tokens at most `context` are kept.
+
+    They are drawn at random: V-JEPA keeps the first ones in t-major order, those of the early frames.
+
+    Args:
+        keys: one random key for each example, [B].
+        context: largest number of visible tokens; 0 keeps all.
+        predict_rest: the tokens above that number are hidden as well (InternVideo-Next); else they
+            are neither seen nor predicted (V-JEPA).
+        options: of `block`.
+
+    Source: V-JEPA (arXiv:2404.08471) 3, V-JEPA 2 (arXiv:2506.09985); InternVideo-Next
+    (arXiv:2512.01342), engines/jepa_mask.py.
+    """
+    visible, hidden = block(keys, grid=grid, one_shape=True, **options)
+    if not 0 < context < visible.shape[1]:
+        return visible, hidden
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    order = jnp.argsort(_noise(keys, visible.shape[1]), axis=-1)
+    kept = jnp.sort(gather(visible, order[:, :context]), axis=-1)
+    rest = gather(visible, order[:, context:])
+    return kept, jnp.sort(jnp.concatenate([hidden, rest], 1), -1) if predict_rest else hidden
+
+
+def running_cell(keys: jax.Array, *, grid: Grid, ratio: float) -> Ids:
+    """The same pattern in every cell of 2x2 places, moving on by one place at each time.
+
+    The places of a cell are counted row by row. At time s of an example that starts at p (0..3,
+    drawn), place j is hidden where (j + p + s + 1) mod 4 < int(4*ratio): over 4 times each place is
+    hidden int(4*ratio) times.
+
+    Args:
+        keys: one random key for each example, [B].
+        grid: (t, h, w), h and w even.
+        ratio: int(4*ratio) of the 4 places are hidden; from 0.25 to 0.75.
+
+    Raises:
+        UserError: a frame that cells do not fill.
+
+    Source: VideoMAE V2 (arXiv:2303.16727) 3.2, masking_generator.py: its decoder's mask.
+    """
+    t, h, w = grid
+    count = hidden_count(4, ratio)
+    if h % 2 or w % 2:
+        raise UserError(
+            f"A running cell needs an even number of patches along each side; got grid={grid}. "
+            "Change image_size or patch, or take another mask."
+        )
+    place = 2 * (jnp.arange(h)[:, None] % 2) + jnp.arange(w)[None] % 2
+    moved = place + jnp.arange(1, t + 1)[:, None, None]  # [t, h, w]
+    start = jax.vmap(lambda key: jax.random.randint(key, (), 0, 4))(keys)
+    mask = (moved + start[:, None, None, None]) % 4 < count
+    return ids_of(mask.reshape(len(keys), -1), t * h * w * count // 4)
+
+
+def thin(hidden: jax.Array, other: Ids) -> jax.Array:
+    """The hidden ids that another mask leaves visible, cut or filled up to that mask's share.
+
+    With a tube and a running cell over a multiple of 4 times nothing is cut or filled. Else the
+    lowest ids are cut, and the lowest of the others fill up.
+
+    Args:
+        hidden: int32 [B, M], ascending.
+        other: ids of a mask over the same N tokens.
+
+    Returns:
+        int32 [B, M'], ascending, M' = M * (share that the other mask leaves visible), rounded.
+    """
+    visible, dropped = other
+    tokens = visible.shape[1] + dropped.shape[1]
+    count = max(1, round(hidden.shape[1] * visible.shape[1] / tokens))
+    wanted = gather(mask_of(visible, tokens), hidden)
+    order = jnp.argsort(~wanted, axis=-1, stable=True)[:, :count]
+    return jnp.sort(gather(hidden, order), axis=-1)
 
 
 def attention(
@@ -162,6 +244,8 @@ MASKS: dict[str, Callable[..., Ids]] = {
     "tube": tube,
     "random": random,
     "block": block,
+    "multi_block": multi_block,
+    "running_cell": running_cell,
     "attention": attention,
 }
 

@@ -4,6 +4,7 @@ import ml_collections
 
 from configs.common.aligned import aligned_stage, smoke_teachers
 from configs.common.classify import classify_stage, evaluation, smoke_stage
+from configs.common.latent import latent_stage, smoke_latent
 from configs.common.masked import masked_stage
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "base",
     "classifier",
     "classify_stage",
+    "latent",
+    "latent_stage",
     "masked_stage",
     "parse_arg",
     "smoke",
@@ -124,6 +127,20 @@ def aligned() -> ml_collections.ConfigDict:
     return c
 
 
+def latent() -> ml_collections.ConfigDict:
+    """A run of one stage of latent prediction, with InternVideo2's encoder."""
+    c = base()
+    c.model.name = "internvideo2"
+    c.model.size = "B"
+    c.model.layer_scale = 1e-5
+    del c.stages.masked
+    c.stages.latent = latent_stage()
+    c.stage_order = ("latent",)
+    c.evals = ml_collections.ConfigDict(dict(loss=dict(every="10%", examples=256)))
+    c.checkpoint.best = "loss/loss"
+    return c
+
+
 def classifier(encoder: str) -> ml_collections.ConfigDict:
     """A run of one stage of classification; `encoder` is a `model.name`."""
     c = base()
@@ -159,6 +176,8 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             smoke_teachers(stage.teachers)
         if "head" in stage:
             smoke_stage(stage)
+        if "predictor" in stage:
+            smoke_latent(stage)
     c.data.train = c.data.train or "synthetic:data/synthetic"
     c.checkpoint.every = "10 steps"
     for name in c.evals:

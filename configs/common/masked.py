@@ -50,7 +50,10 @@ def masked_stage() -> ml_collections.ConfigDict:
 
     stage.normalisation = "imagenet"
     stage.mask = ml_collections.ConfigDict(dict(name="tube", ratio=0.9))
-    stage.target = ml_collections.ConfigDict(dict(normalise=True))  # per cube and colour channel
+    stage.target = ml_collections.ConfigDict()
+    stage.target.normalise = True  # per cube and colour channel
+    # A second mask, on what the decoder predicts, as VideoMAE V2's 'running_cell'; '': it predicts all.
+    stage.target.decoder_mask = ml_collections.ConfigDict(dict(name="", ratio=0.5))
 
     stage.optimizer = ml_collections.ConfigDict()
     stage.optimizer.name = "adamw"

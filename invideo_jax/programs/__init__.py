@@ -23,6 +23,7 @@ __all__ = ["PROGRAMS", "Frozen", "Program", "Teacher", "check", "program"]
 # stages.NAME.step / stages.NAME.objective -> module
 PROGRAMS = {
     "masked/aligned": "invideo_jax.programs.aligned",
+    "masked/latent": "invideo_jax.programs.latent",
     "masked/pixels": "invideo_jax.programs.masked",
     "classify/labels": "invideo_jax.programs.classify",
 }

@@ -1,7 +1,5 @@
 """Stages of masked video modelling on pixels: VideoMAE and VideoMAE V2."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -30,9 +28,16 @@ def model(
 
 
 def mask_sizes(config: ml_collections.ConfigDict, stage_name: str) -> tuple[int, int]:
-    """Visible and hidden tokens of one clip; touches no device."""
+    """Tokens of one clip that the encoder sees, and that the decoder predicts; touches no device."""
     grid = model(config, stage_name, dtype=jnp.float32).encoder.grid
-    draw = functools.partial(masked.draw_mask, grid, mask=config.stages[stage_name].mask.to_dict())
+    options = config.stages[stage_name]
+
+    def draw(keys):
+        visible, hidden = masked.draw_mask(grid, keys, options.mask.to_dict())
+        return visible, masked.decoded_ids(
+            grid, keys, hidden, options.target.decoder_mask.to_dict()
+        )
+
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     visible, hidden = jax.eval_shape(draw, keys)
     return visible.shape[1], hidden.shape[1]

@@ -33,7 +33,7 @@ OBJECTIVES = Registry(
     },
 )
 
-MASK, DROP_PATH = 0, 1  # what a key of an example is folded with, for each use
+MASK, DROP_PATH, DECODER_MASK = 0, 1, 2  # what a key of an example is folded with, for each use
 
 
 def example_keys(stage_key: np.ndarray | jax.Array, position: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def example_keys(stage_key: np.ndarray | jax.Array, position: jax.Array) -> jax.
 
 
 def fold(keys: jax.Array, use: int) -> jax.Array:
-    """One key of each example for one use (`MASK`, `DROP_PATH`)."""
+    """One key of each example for one use (`MASK`, `DROP_PATH`, ...)."""
     return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
@@ -81,23 +81,48 @@ def target_cubes(encoder: pixels.Geometry, video: jax.Array, hidden: jax.Array) 
     return pixels.unnormalise(by_channel, encoder.normalisation).reshape(cubes.shape)
 
 
+def decoded_ids(
+    grid: masking.Grid, keys: jax.Array, hidden: jax.Array, decoder_mask: Mapping[str, Any] | None
+) -> jax.Array:
+    """The hidden ids that the decoder predicts: all, or those that a second mask leaves.
+
+    Args as in `draw_mask` and `pixel_objective`.
+    """
+    options = dict(decoder_mask or {"name": ""})
+    if not options["name"]:
+        return hidden
+    draw = masking.get(options.pop("name"))
+    return masking.thin(hidden, draw(fold(keys, DECODER_MASK), grid=grid, **options))
+
+
 def pixel_objective(
-    model: VideoMAE, *, mask: Mapping[str, Any], normalise: bool = True
+    model: VideoMAE,
+    *,
+    mask: Mapping[str, Any],
+    normalise: bool = True,
+    decoder_mask: Mapping[str, Any] | None = None,
 ) -> Objective:
-    """Squared error on the hidden cubes' pixels (VideoMAE).
+    """Squared error on the hidden cubes' pixels (VideoMAE, and with two masks VideoMAE V2).
+
+    The released code of V2 gives its decoder a mask token also at the visible places that the second
+    mask leaves, and weighs their error by 0; here, as in the paper, the decoder has none there.
 
     Args:
         mask: name and options of a mask, e.g. dict(name='tube', ratio=0.9).
+        decoder_mask: the same of the mask on the decoder, e.g. dict(name='running_cell', ratio=0.5):
+            only hidden cubes that it leaves are decoded, and in the loss. None or name='': all.
         normalise: standardise each channel of each target cube by its own mean and deviation; the
             loss of predicting every cube's mean is then (n-1)/n, n = tubelet*patch*patch.
 
-    Source: VideoMAE (arXiv:2203.12602) 3.1, engine_for_pretraining.py.
+    Source: VideoMAE (arXiv:2203.12602) 3.1, engine_for_pretraining.py; VideoMAE V2
+    (arXiv:2303.16727) 3.2.
     """
 
     encoder = model.encoder
 
     def loss(params, batch, keys, train):
         visible, hidden = draw_mask(encoder.grid, keys, mask)
+        hidden = decoded_ids(encoder.grid, keys, hidden, decoder_mask)
         drop = fold(keys, DROP_PATH) if train and encoder.drop_path else None
         prediction, _ = model.apply({"params": params}, batch["video"], visible, hidden, keys=drop)
         target = target_cubes(encoder, batch["video"], hidden)

@@ -172,9 +172,9 @@ def test_the_frames_do_not_see_the_token():
     params = published()
     _, tokens, out = run(model, params, video, features=(0, -1))
     alone, want = model.backbone.apply({"params": params["backbone"]}, video, features=(0, -1))
-    np.testing.assert_allclose(tokens[:, 1:], alone, atol=1e-6)
+    np.testing.assert_allclose(tokens[:, 1:], alone, atol=3e-5)
     assert sorted(out) == ["block0", f"block{DEPTH - 1}", "embedded"]
-    np.testing.assert_allclose(out["block0"], want["block0"], atol=1e-6)
+    np.testing.assert_allclose(out["block0"], want["block0"], atol=3e-5)
 
 
 def test_dropout_is_of_each_example_s_key_and_keeps_the_mean():
