@@ -75,15 +75,20 @@ def open_encoder(
         sharding.unbox(boxed),
         sharding.param_shardings(boxed, mesh),
     )
-    table = handover.plan(
-        target,
-        shapes,
-        grid=module.grid,
-        tubelet=module.tubelet,
-        old_grid=old.grid,
-        about=source.about,
-        key="--checkpoint",
-    )
+    try:
+        table = handover.plan(
+            target,
+            shapes,
+            grid=module.grid,
+            tubelet=module.tubelet,
+            old_grid=old.grid,
+            about=source.about,
+        )
+    except UserError as error:
+        what = str(error).partition(" To ")[0]  # the rest is for recipes
+        raise UserError(
+            f"{checkpoint} must hold the encoder that it says it is of. {what}"
+        ) from None
     with sharding.use(mesh):
         params = handover.apply(table, lambda name: source.get(prefix + name), init)
     return Encoder(module, params, _about(module, source), table.summary())

@@ -1,5 +1,6 @@
 """Decodes the windows of many videos in threads, and gives them in order."""
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -125,7 +126,8 @@ class Reading:
             except _Closed:
                 return
             except Exception as error:  # ours, not the video's: told to the one who iterates
-                self._put(waiting, error)
+                with contextlib.suppress(_Closed):
+                    self._put(waiting, error)
                 return
 
     def _claim(self) -> int | None:

@@ -57,23 +57,24 @@ def open_source(spec: str, *, ema: bool = True, key: str = "stages.NAME.init") -
         spec: a workdir, or 'WORKDIR@STEP' for another than its newest checkpoint; or a folder that
             `python -m invideo_jax.interop.from_torch` wrote.
         ema: take the moving average of a workdir that keeps one.
-        key: config key for messages.
+        key: config section, or a flag of a command, for messages.
 
     Raises:
         UserError: nothing of the kind there. CheckpointError: damaged.
     """
+    name = key if key.startswith("--") else f"{key}.source"
     folder, _, step = spec.partition("@") if re.search(r"@\d+$", spec) else (spec, "", "")
     place = pathlib.Path(folder)
     if weights.is_folder(place):
         return _folder(place)
     if place.is_file():
         raise UserError(
-            f"{key}.source must be a folder; got the file {place}. Convert it once: python -m "
+            f"{name} must be a folder; got the file {place}. Convert it once: python -m "
             f"invideo_jax.interop.from_torch --layout=NAME --input={place} --output=DIR"
         )
     if not place.is_dir() or not stored.numbered(stored.find(place)):
         raise UserError(
-            f"{key}.source must be the workdir of a run with a checkpoint, or a folder of imported "
+            f"{name} must be the workdir of a run with a checkpoint, or a folder of imported "
             f"weights; got {spec!r}, which is {'neither' if place.is_dir() else 'not there'}."
         )
     return _workdir(place, int(step) if step else None, ema)
