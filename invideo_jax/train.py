@@ -26,6 +26,7 @@ from invideo_jax import (
 )
 from invideo_jax import config as config_lib
 from invideo_jax.errors import UserError
+from invideo_jax.interop import models
 from invideo_jax.registry import nearest
 from invideo_jax.run import Run, place_stages
 from invideo_jax.scale import flops
@@ -276,6 +277,7 @@ class Trainer(Run):
                 window=self.buffer.state(),
                 pending=self.pending,
                 config=self.config.to_dict(),
+                model=models.text_of(self.program.model),
                 data=self.data,
                 teacher=self.teacher_digest,
                 epoch_examples=sum(map(len, self.sources)),

@@ -60,7 +60,8 @@ def model_text(shapes: Shapes, layout: str, given: Given) -> Text:
             f"{', '.join(sorted({k.split('.')[0] for k in shapes})[:8])}. Give another --layout."
         ) from error
     for name, value in given.values.items():
-        _set(text, name, value)
+        if name not in ("clip_blocks", "mae_blocks", "text_heads"):  # used above
+            _set(text, name, value)
     return text
 
 
@@ -287,6 +288,78 @@ def _classifier(s: Shapes, given: Given) -> Text:
     return {"model": "classifier", "arguments": dict(encoder=encoder, classes=classes) | merging}
 
 
+# ---- video and text -------------------------------------------------------------------------------
+
+
+def _projected(s: Shapes, given: Given) -> Text:
+    encoder = vision(s, given, "vision_encoder.", layer_scale_float32=False)
+    width = s["vision_align.1.weight"][0]
+    return {"model": "projected", "arguments": dict(encoder=encoder, width=width)}
+
+
+def _mobileclip(s: Shapes) -> Text:
+    vocabulary, width = s["text_encoder.embedding_layer.weight"]
+    block = "text_encoder.transformer."
+    arguments = dict(
+        width=width,
+        depth=depth_of(s, block),
+        heads=width // 64 or 1,
+        mlp_width=s[f"{block}0.pre_norm_ffn.1.weight"][0],
+        output_width=s["text_encoder.projection_layer"][1],
+        vocabulary=vocabulary,
+        positions=s["text_encoder.positional_embedding.pos_embed.pos_embed"][2],
+        activation="gelu",
+        causal=True,
+        eps=1e-5,
+    )
+    return {"model": "clip_text", "arguments": arguments}
+
+
+def _text_heads(text: Text, given: Given) -> Text:
+    """Heads of 64 channels, as in all published towers, unless --model.text_heads says otherwise."""
+    text["arguments"]["heads"] = given.values.get("text_heads", text["arguments"]["heads"])
+    return text
+
+
+def _clip(s: Shapes, given: Given) -> Text:
+    parts = dict(vision=_projected(s, given), text=_text_heads(_mobileclip(s), given))
+    limits = dict(initial_temperature=0.01, temperature_range=[0.01, float("inf")])
+    return {"model": "video_clip", "arguments": parts | limits}
+
+
+def _bert(s: Shapes, prefix: str) -> Text:
+    embeddings, layer = f"{prefix}bert.embeddings.", f"{prefix}bert.encoder.layer."
+    vocabulary, width = s[f"{embeddings}word_embeddings.weight"]
+    depth = depth_of(s, layer)
+    fusion = [i for i in range(depth) if f"{layer}{i}.crossattention.self.key.weight" in s]
+    arguments = dict(
+        width=width,
+        depth=depth,
+        heads=width // 64 or 1,
+        mlp_width=s[f"{layer}0.intermediate.dense.weight"][0],
+        fusion_from=fusion[0] if fusion else depth,
+        vocabulary=vocabulary,
+        positions=s[f"{embeddings}position_embeddings.weight"][0],
+        types=s[f"{embeddings}token_type_embeddings.weight"][0],
+        pad=0,
+        word_head=f"{prefix}cls.predictions.bias" in s,
+        activation="gelu",
+        eps=1e-12,
+    )
+    return {"model": "bert", "arguments": arguments}
+
+
+def _stage2(s: Shapes, given: Given) -> Text:
+    arguments = dict(
+        vision=aligned(s, given, "vision_encoder.", frames=4),
+        text=_text_heads(_bert(s, "text_encoder."), given),
+        width=s["vision_proj.weight"][0],
+        initial_temperature=0.07,
+        temperature_range=[0.001, 0.5],
+    )
+    return {"model": "stage2", "arguments": arguments}
+
+
 READERS: dict[str, Callable[[Shapes, Given], Text]] = {
     "videomae": _video_mae(
         "encoder.patch_embed.proj.weight",
@@ -314,4 +387,8 @@ READERS: dict[str, Callable[[Shapes, Given], Text]] = {
     "internvideo2_stage1": aligned,
     "internvideo2_distill": aligned,
     "internvideo2_classification": _classifier,
+    "internvideo2_encoder": vision,
+    "internvideo2_clip_vision": _projected,
+    "internvideo2_clip": _clip,
+    "internvideo2_stage2": _stage2,
 }
