@@ -18,11 +18,6 @@ class Mean(NamedTuple):
         return self.total / jnp.maximum(self.weight, jnp.finfo(jnp.float32).tiny)
 
 
-def add(a: Mean, b: Mean) -> Mean:
-    """The mean over both sets of terms."""
-    return Mean(a.total + b.total, a.weight + b.weight)
-
-
 def mean(values: jax.Array, weights: jax.Array) -> Mean:
     """`values` [B], each weighed by `weights` [B]; a term of weight 0 counts for nothing, even NaN."""
     weights = weights.astype(jnp.promote_types(values.dtype, jnp.float32))

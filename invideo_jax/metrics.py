@@ -152,10 +152,6 @@ class MetricWriter(Protocol):
 
     def write_scalars(self, step: int, scalars: Mapping[str, Value]) -> None: ...
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None: ...
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None: ...
-
     def write_hparams(self, hparams: Mapping[str, Any]) -> None: ...
 
     def flush(self) -> None: ...
@@ -168,7 +164,7 @@ class JsonlWriter:
 
     Every line is written by one system call and ends in a newline, so that a kill leaves at most one
     torn line, at the end, which the next start removes. Numbers that are not finite are the strings
-    "NaN", "Infinity" and "-Infinity" (JSON has none). Pictures are not stored here.
+    "NaN", "Infinity" and "-Infinity" (JSON has none).
 
     Args:
         path: the file; its folder is made.
@@ -197,13 +193,6 @@ class JsonlWriter:
         record = {"step": int(step), **plain, **({"perf": perf} if perf else {})}
         if _what(record) not in self._done:
             self._append(record)
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Does nothing: pictures are kept as files by whoever makes them."""
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Appends one line with the texts under "texts"."""
-        self._append({"step": int(step), "texts": dict(texts)})
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Does nothing: the resolved config is a file of the workdir."""
@@ -318,12 +307,6 @@ class MultiWriter:
 
     def write_scalars(self, step: int, scalars: Mapping[str, Value]) -> None:
         self._each("write_scalars", step, scalars)
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        self._each("write_images", step, images)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        self._each("write_texts", step, texts)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         self._each("write_hparams", hparams)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from invideo_jax.errors import UserError
-from invideo_jax.metrics import Value, png
+from invideo_jax.metrics import Value
 
 
 class TensorBoardWriter:
@@ -44,30 +44,10 @@ class TensorBoardWriter:
             else:
                 self._writer.add_scalar(name, float(value), step)
 
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Stores uint8 pictures [H, W, 3] or [n, H, W, 3]."""
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        for name, batch in images.items():
-            batch = batch if batch.ndim == 4 else batch[None]
-            for i, picture in enumerate(batch):
-                height, width, _ = picture.shape
-                proto = Summary.Image(
-                    height=height, width=width, colorspace=3, encoded_image_string=png(picture)
-                )
-                tag = name if len(batch) == 1 else f"{name}/{i}"
-                summary = Summary(value=[Summary.Value(tag=tag, image=proto)])
-                self._writer.file_writer.add_summary(summary, step)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Stores texts; TensorBoard reads them as Markdown."""
-        for name, text in texts.items():
-            self._writer.add_text(name, text, step)
-
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Stores the parameters as one text table."""
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(hparams.items()))
-        self.write_texts(0, {"hparams": f"| name | value |\n|---|---|\n{rows}"})
+        self._writer.add_text("hparams", f"| name | value |\n|---|---|\n{rows}", 0)
 
     def flush(self) -> None:
         """Writes what waits."""
