@@ -155,7 +155,7 @@ class VideoEncoder(nn.Module):
             x = x.reshape(*x.shape[:2], -1, self.channels)
             x = pixels.normalise(x, self.normalisation, self.dtype).reshape(*x.shape[:2], -1)
         x = self.patch_embed(x)
-        cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (len(x), 1, self.width))
+        cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)
         x = x + table_rows(self.tables, self, visible, image=image).astype(x.dtype)
         x = constrain(x, "batch", "tokens", "act_embed")
