@@ -27,9 +27,16 @@ CORE = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    "parquet": ["pyarrow>=18,<30"],
     "tensorboard": ["tensorboardX>=2.6.4,<3"],
     "torch": ["torch>=2.7,<3", "transformers>=5.0,<6"],
-    "test": ["pytest>=8.4,<10", "hypothesis>=6.130,<7", "ruff>=0.12,<1", "tensorboard>=2.19,<3"],
+    "test": [
+        "pytest>=8.4,<10",
+        "hypothesis>=6.130,<7",
+        "ruff>=0.12,<1",
+        "tensorboard>=2.19,<3",
+        "pyarrow>=18,<30",
+    ],
 }
 
 setup(

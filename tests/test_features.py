@@ -312,7 +312,7 @@ def test_the_encoder_is_found_in_other_models(whole, tmp_path):
     want = handover.from_tree(params["encoder"], "").shapes
     assert all(np.array_equal(got[path], want[path]) for path in want) and got.keys() == want.keys()
     video = np.random.default_rng(0).integers(0, 255, (2, 4, 32, 32, 3)).astype(np.uint8)
-    run = encoders.make_features(opened.module, kinds=("clip", "frame"), layers=[None])
+    run = encoders.make_features(opened.module, kinds=("clip", "frame"), layers=(None,))
     made_of = jax.jit(run)(opened.params, video)
     tokens, _ = jax.jit(made.encoder.apply)({"params": params["encoder"]}, video)
     assert np.abs(made_of["clip"] - tokens.mean(1)).max() < 1e-5
@@ -331,8 +331,8 @@ def test_half_precision(opened, model, videos, made, tmp_path):
 
 
 def test_layers_and_kinds_by_name():
-    assert encoders.parse_layers("final,-7,0", 12) == [None, 5, 0]
-    assert encoders.parse_kinds("token, clip") == ["clip", "token"]
+    assert encoders.parse_layers("final,-7,0", 12) == (None, 5, 0)
+    assert encoders.parse_kinds("token, clip") == ("clip", "token")
     for text in ("", "12", "-13", "x", "0,-12", "final,final"):
         with pytest.raises(UserError, match="--layer must"):
             encoders.parse_layers(text, 12)
@@ -516,6 +516,7 @@ def test_parquet_without_pyarrow_names_the_line_to_install(
     assert "pip install 'invideo_jax[parquet]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_real_clips(model, shared, tmp_path):
     """Real files of other people: every one of them gives one row."""
     output = tmp_path / "clips.safetensors"

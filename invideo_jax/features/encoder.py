@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -127,8 +127,8 @@ def _about(module: nn.Module, source: handover.Source) -> dict[str, Any]:
     return dict(model=type(module).__name__, arguments=arguments, **keep)
 
 
-def parse_layers(text: str, depth: int) -> list[int | None]:
-    """'final,-7' as [None, depth - 7]: block numbers from 0, None for what the encoder gives.
+def parse_layers(text: str, depth: int) -> tuple[int | None, ...]:
+    """'final,-7' as (None, depth - 7): block numbers from 0, None for what the encoder gives.
 
     Raises:
         UserError: no such block, or one named twice.
@@ -150,11 +150,11 @@ def parse_layers(text: str, depth: int) -> list[int | None]:
         layers.append(number % depth)
     if not layers or len(set(layers)) != len(layers):
         raise UserError(f"--layer must name at least one layer, each once; got --layer={text}.")
-    return layers
+    return tuple(layers)
 
 
-def parse_kinds(text: str) -> list[str]:
-    """'clip,frame' as a list in the order of `KINDS`.
+def parse_kinds(text: str) -> tuple[str, ...]:
+    """'clip,frame' as a tuple in the order of `KINDS`.
 
     Raises:
         UserError: another kind, or none.
@@ -162,7 +162,7 @@ def parse_kinds(text: str) -> list[str]:
     given = [part.strip() for part in text.split(",") if part.strip()]
     if not given or set(given) - set(KINDS):
         raise UserError(f"--kind must name some of {', '.join(KINDS)}; got --kind={text}.")
-    return [kind for kind in KINDS if kind in given]
+    return tuple(kind for kind in KINDS if kind in given)
 
 
 def array_name(kind: str, layer: int | None) -> str:
@@ -170,11 +170,12 @@ def array_name(kind: str, layer: int | None) -> str:
     return kind if layer is None else f"{kind}_block{layer}"
 
 
+@functools.lru_cache(maxsize=8)  # one function for equal questions: JAX compiles it once
 def make_features(
     module: nn.Module,
     *,
-    kinds: Sequence[str],
-    layers: Sequence[int | None],
+    kinds: tuple[str, ...],
+    layers: tuple[int | None, ...],
     dtype: jnp.dtype = jnp.float32,
 ) -> Callable[[PyTree, jax.Array], dict[str, jax.Array]]:
     """A pure function (params, video uint8 [B, T, S, S, 3]) -> name -> features [B, ...] in `dtype`.

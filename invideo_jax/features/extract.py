@@ -42,8 +42,8 @@ class Request:
         stored: dtype name of the features on disk.
     """
 
-    kinds: Sequence[str] = ("clip",)
-    layers: Sequence[int | None] = (None,)
+    kinds: tuple[str, ...] = ("clip",)
+    layers: tuple[int | None, ...] = (None,)
     rule: Rule = Rule()
     crop: str = "center"
     interpolation: str = "bilinear"
