@@ -194,6 +194,23 @@ class UniFormerV2(nn.Module):
             keys = jax.vmap(lambda key: jax.random.fold_in(key, self.depth + number))(keys)
         return self.global_blocks[number](token, y[:, :frames], grid, keys)
 
+    def embedded(self, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Patches before the first block, as the backbone has them, and the token of the video."""
+        return self.backbone.embedded(video), self.first_token(len(video))
+
+    def run(
+        self, x: jax.Array, token: jax.Array, span: tuple[int, int], frames: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Blocks span[0] .. span[1]-1 of what `embedded` gives; nothing is dropped."""
+        first, last = span
+        while first < last:
+            # As far as the next block that the token reads.
+            stop = min(max(first + 1, self.depth - self.extractors + 1), last)
+            x = self.backbone.run(x, (first, stop))
+            token = self.extract(token, self.backbone.joined(x, frames), stop - 1)
+            first = stop
+        return x, token
+
     def pooled(self, tokens: jax.Array) -> jax.Array:
         """The video in the shared space: [B, P] from [B, prefix+N, D]."""
         _, h, w = self.grid

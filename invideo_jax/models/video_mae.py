@@ -119,15 +119,27 @@ class VideoMAEEncoder(nn.Module):
             [B, V, D], and {'embedded': [B, V, D] before the first block, 'block<i>': [B, V, D] for
             each block asked for}.
         """
+        x = self.embedded(video, visible)
+        out = {"embedded": x}
+        x, blocks = self.stack(x, keys=keys, features=features)
+        return self.finish(x), out | blocks
+
+    def embedded(self, video: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+        """What the first block takes, [B, V, D]; arguments as in `__call__`."""
         pixels.check_video(video, self)
         position = jnp.asarray(positions.sinusoid(self.tokens, self.width), self.dtype)
         # The raw cubes are gathered: hidden pixels are not even projected.
         cubes = pixels.visible_cubes(video, visible, self)
         position = position[None] if visible is None else jnp.take(position, visible, axis=0)
-        x = constrain(self.patch_embed(cubes), "batch", "tokens", "act_embed")
-        out = {"embedded": x + position}
-        x, blocks = self.stack(out["embedded"], keys=keys, features=features)
-        return self.norm(x) if self.last_norm else x, out | blocks
+        return constrain(self.patch_embed(cubes), "batch", "tokens", "act_embed") + position
+
+    def run(self, x: jax.Array, span: tuple[int, int]) -> jax.Array:
+        """Blocks span[0] .. span[1]-1 of what `embedded` gives; nothing is dropped."""
+        return self.stack(x, span=span)[0]
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """What the encoder gives for the output of the last block."""
+        return self.norm(x) if self.last_norm else x
 
     def pooled(self, tokens: jax.Array) -> jax.Array:
         """The mean of tokens [B, V, D], as [B, D]."""
