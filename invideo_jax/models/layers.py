@@ -337,7 +337,7 @@ class Stack(nn.Module):
             x, kept = _scan(body, x, layers, wanted)
         else:
             kept = []
-            for i, layer in enumerate(_unstack(params, last - first), start=first):
+            for i, layer in enumerate(unstack(params, last - first), start=first):
                 x = body(x, (layer, rates[i], i))
                 kept += [x] if i in wanted else []
         return x, {f"block{i}": kept[n] for n, i in enumerate(wanted)}
@@ -407,7 +407,7 @@ def _rematerialised(body: Callable, remat: str, *, scan: bool) -> Callable:
     return jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
 
 
-def _unstack(params: PyTree, depth: int) -> list[PyTree]:
+def unstack(params: PyTree, depth: int) -> list[PyTree]:
     """One tree per layer. By `lax.split`, whose gradient is one concatenation of the layers'
     gradients; indexing would pad each to the whole stack and add them up."""
     leaves, tree = jax.tree.flatten(params)

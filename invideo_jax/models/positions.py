@@ -126,10 +126,10 @@ def interpolate(
             + f" for {rows} places. Lengths that leave a square: {', '.join(map(str, square))}."
         )
     t, h, w = grid
-    x = table[prefix:].reshape(old_times, height, width, -1)
-    x = np.einsum("ab,bhwd->ahwd", _linear(old_times, t), x)
-    x = np.einsum("hi,tijd->thjd", _cubic(height, h), x)
-    x = np.einsum("wj,thjd->thwd", _cubic(width, w), x)
+    x = table[prefix:].reshape(old_times, height, width, -1).astype(np.float64)
+    x = _resampled(x, 0, *_linear(old_times, t))
+    x = _resampled(x, 2, *_cubic(width, w))
+    x = _resampled(x, 1, *_cubic(height, h))
     return np.concatenate([table[:prefix], x.reshape(t * h * w, -1).astype(table.dtype)])
 
 
@@ -137,35 +137,48 @@ def _square(n: int) -> bool:
     return math.isqrt(n) ** 2 == n
 
 
-def _places(old: int, new: int) -> np.ndarray:
-    """Where the middles of `new` cells lie, counted in `old` cells from the middle of the first."""
-    return (np.arange(new) + 0.5) * (old / new) - 0.5
+def _resampled(x: np.ndarray, axis: int, weights: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Along an axis the sums of `weights` [new, taps] times the entries at `places` [new, taps]."""
+    across = (-1,) + (1,) * (x.ndim - axis - 1)
+    taps = range(weights.shape[1])
+    parts = (weights[:, i].reshape(across) * np.take(x, places[:, i], axis=axis) for i in taps)
+    return functools.reduce(np.add, parts)
 
 
-def _linear(old: int, new: int) -> np.ndarray:
-    place = np.maximum(_places(old, new), 0)
-    low = np.floor(place).astype(int)
-    share = place - low
-    matrix = np.zeros((new, old))
-    np.add.at(matrix, (np.arange(new), low), 1 - share)
-    np.add.at(matrix, (np.arange(new), np.minimum(low + 1, old - 1)), share)
-    return matrix
+def _middles(old: int, new: int) -> np.ndarray:
+    """Where the middles of `new` cells lie, counted in `old` cells from the middle of the first.
+
+    Middles and weights are in float32, rounded where PyTorch rounds (it fuses products and sums): so
+    tables are within 1e-6 of the published way, with float64 weights within 2e-6.
+    """
+    scale = np.float32(old) / np.float32(new)
+    return (np.arange(new, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
 
 
-def _cubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """Keys' kernel with `a`; places outside count as the nearest one inside."""
-    if old == new:
-        return np.eye(old)
-    place = _places(old, new)
-    low = np.floor(place).astype(int)
-    matrix = np.zeros((new, old))
-    for offset in (-1, 0, 1, 2):
-        d = np.abs(place - (low + offset))
-        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-        far = a * (d**3 - 5 * d**2 + 8 * d - 4)
-        weight = np.where(d <= 1, near, far)
-        np.add.at(matrix, (np.arange(new), np.clip(low + offset, 0, old - 1)), weight)
-    return matrix
+def _linear(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    middle = np.maximum(_middles(old, new), 0)
+    low = np.floor(middle).astype(int)
+    share = middle - low.astype(np.float32)
+    weights = np.stack([1 - share, share], axis=1)
+    return weights, np.minimum(np.stack([low, low + 1], axis=1), old - 1)
+
+
+def _cubic(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys' kernel with a = -0.75; places outside count as the nearest one inside."""
+    a = np.float32(-0.75)
+    middle = _middles(old, new)
+    low = np.floor(middle)
+    share = middle - low
+    near = lambda d: _fused(_fused(a + 2, d, -(a + 3)) * d, d, 1)
+    far = lambda d: _fused(_fused(_fused(a, d, -5 * a), d, 8 * a), d, -4 * a)
+    weights = [far(share + 1), near(share), near(1 - share), far(2 - share)]
+    places = low.astype(int)[:, None] + np.arange(-1, 3)
+    return np.stack(weights, axis=1), np.clip(places, 0, old - 1)
+
+
+def _fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x * y + z, rounded to float32 once."""
+    return (np.float64(x) * y + z).astype(np.float32)
 
 
 def inflate(kernel: np.ndarray, tubelet: int, *, centre: bool = False) -> np.ndarray:
@@ -173,7 +186,7 @@ def inflate(kernel: np.ndarray, tubelet: int, *, centre: bool = False) -> np.nda
 
     Args:
         kernel: [rows*columns*C, D], of one frame.
-        centre: the middle frame (the earlier of two: the later one) has it all; else every frame an equal part.
+        centre: the middle frame (the second of two) has it all; else every frame an equal part.
 
     Returns:
         [tubelet*rows*columns*C, D].
