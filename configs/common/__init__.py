@@ -4,6 +4,7 @@ import ml_collections
 
 from configs.common.aligned import aligned_stage, smoke_teachers
 from configs.common.classify import classify_stage, evaluation, smoke_stage
+from configs.common.fusion import smoke_fusion
 from configs.common.latent import latent_stage, smoke_latent
 from configs.common.masked import masked_stage
 
@@ -178,6 +179,8 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             smoke_stage(stage)
         if "predictor" in stage:
             smoke_latent(stage)
+        if "fusion" in stage:
+            smoke_fusion(stage)
     c.data.train = c.data.train or "synthetic:data/synthetic"
     c.checkpoint.every = "10 steps"
     for name in c.evals:

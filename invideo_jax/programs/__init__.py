@@ -25,6 +25,7 @@ PROGRAMS = {
     "masked/aligned": "invideo_jax.programs.aligned",
     "masked/latent": "invideo_jax.programs.latent",
     "masked/pixels": "invideo_jax.programs.masked",
+    "classify/fused": "invideo_jax.programs.fusion",
     "classify/labels": "invideo_jax.programs.classify",
 }
 

@@ -27,6 +27,7 @@ ENCODERS = Registry(
     {
         "video_mae": "invideo_jax.models.video_mae:build_encoder",
         "internvideo2": "invideo_jax.models.video_encoder:build",
+        "uniformer_v2": "invideo_jax.models.uniformer_v2:build",
     },
 )
 

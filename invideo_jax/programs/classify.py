@@ -76,4 +76,5 @@ def _flops_per_clip(made, predict, init_params, trainable) -> int:
     )
     video = jax.ShapeDtypeStruct((1, frames, size, size, channels), jnp.uint8)
     whole = base.traced_flops(predict, init_params, {"video": video})
-    return whole if any(jax.tree.leaves(trainable["encoder"]["stack"])) else whole // 3
+    trunk = trainable["encoder"].get("stack", trainable["encoder"])
+    return whole if any(jax.tree.leaves(trunk)) else whole // 3

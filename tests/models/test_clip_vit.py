@@ -18,7 +18,7 @@ T, SIDE = 2, 4  # frames, patches along a side
 
 
 def tiny(**options):
-    return clip_vit.build("Micro", **(dict(frames=T, image_size=32) | options))
+    return clip_vit.build("Micro", **(dict(frames=T, image_size=32, scan=True) | options))
 
 
 def video_of(rows=3, frames=T, seed=0):
@@ -34,8 +34,9 @@ def fresh(model):
     return tree.unflatten([x + 0.05 * rng.normal(size=x.shape).astype(x.dtype) for x in leaves])
 
 
-def run(model, params, video, visible=None, **options):
-    return model.apply({"params": params}, video, visible, **options)
+@functools.partial(jax.jit, static_argnames=("model", "features"))
+def run(model, params, video, visible=None, keys=None, features=()):
+    return model.apply({"params": params}, video, visible, keys=keys, features=features)
 
 
 def test_against_transformers():
@@ -99,6 +100,7 @@ def test_names_of_the_original_both_ways(layout, joint, conv, prefix):
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
+@pytest.mark.slow
 def test_frames_are_independent_unless_joint():
     video = video_of()
     other = video.copy()
@@ -124,7 +126,7 @@ def test_one_frame_is_an_image():
         run(tiny(joint=True), fresh(tiny(joint=True)), video)
 
 
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("joint", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hidden_pixels_have_no_gradient_and_visible_ids_select(joint):
     model = tiny(joint=joint)
     params, video = fresh(model), jnp.asarray(video_of())
@@ -140,6 +142,7 @@ def test_hidden_pixels_have_no_gradient_and_visible_ids_select(joint):
     )
 
 
+@pytest.mark.slow
 def test_drop_path_differs_by_frame_and_stops_without_keys():
     model = tiny(drop_path=0.9, depth=2)
     params, video = fresh(model), video_of(rows=1)
@@ -153,6 +156,7 @@ def test_drop_path_differs_by_frame_and_stops_without_keys():
     np.testing.assert_array_equal(run(model, params, video)[0], plain)
 
 
+@pytest.mark.slow
 def test_a_stack_in_two_parts_is_the_whole():
     for scan in (False, True):
         model = tiny(scan=scan)

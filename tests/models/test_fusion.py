@@ -13,6 +13,8 @@ from invideo_jax.errors import UserError
 from invideo_jax.models import clip_vit, fusion, pixels, uniformer_v2
 from invideo_jax.models.video_mae import VideoMAEEncoder
 
+SLOW = pytest.mark.slow
+
 
 def tiny(other="uniformer", **options):
     masked = VideoMAEEncoder(
@@ -60,7 +62,12 @@ def branch(params, pooled):
 
 
 @pytest.mark.parametrize(
-    "other, reading", [("uniformer", "R2"), ("uniformer", "R1"), ("clip", "R2")]
+    "other, reading",
+    [
+        ("uniformer", "R2"),
+        pytest.param("uniformer", "R1", marks=SLOW),
+        pytest.param("clip", "R2", marks=SLOW),
+    ],
 )
 def test_at_the_start_both_encoders_run_as_alone(other, reading):
     model, video = tiny(other, reading=reading), video_of()
@@ -92,9 +99,13 @@ def test_at_the_start_both_encoders_run_as_alone(other, reading):
     [
         (dict(modules=1, reading="R2"), {"multimodal"}),
         (dict(modules=1, reading="R1"), {"masked"}),
-        (dict(reading="R2"), {"masked", "multimodal"}),  # what goes in comes back through the last
-        (dict(directions=("to_masked", "to_masked")), {"masked"}),
-        (dict(directions=("to_multimodal", "to_multimodal")), {"multimodal"}),
+        pytest.param(
+            dict(reading="R2"), {"masked", "multimodal"}, marks=SLOW
+        ),  # what goes in comes back through the last
+        pytest.param(dict(directions=("to_masked", "to_masked")), {"masked"}, marks=SLOW),
+        pytest.param(
+            dict(directions=("to_multimodal", "to_multimodal")), {"multimodal"}, marks=SLOW
+        ),
     ],
 )
 def test_a_module_changes_the_side_that_asks(options, changed):
@@ -131,6 +142,7 @@ def test_frozen_are_the_encoders_but_for_the_query_token():
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_normalised_video_is_renormalised_for_the_other_encoder():
     model, video = tiny(), video_of()
     params = fresh(model, shaken=True)

@@ -137,7 +137,9 @@ def run(model, params, video, visible=None, keys=None, features=()):
     return model.apply({"params": params}, video, method=whole)
 
 
-@pytest.mark.parametrize("frames, scan", [(T, False), (T, True), (1, False)])
+@pytest.mark.parametrize(
+    "frames, scan", [pytest.param(T, False, marks=pytest.mark.slow), (T, True), (1, True)]
+)
 def test_against_torch(frames, scan):
     video = video_of(frames=frames)
     want, token = oracle(state_dict(), video)
@@ -167,6 +169,7 @@ def test_a_fresh_tower_leaves_its_token_alone_and_halves():
     np.testing.assert_allclose(found, want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_frames_do_not_see_the_token():
     model, video = tiny(), video_of()
     params = published()
@@ -177,6 +180,7 @@ def test_the_frames_do_not_see_the_token():
     np.testing.assert_allclose(out["block0"], want["block0"], atol=3e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_of_each_example_s_key_and_keeps_the_mean():
     model, video = tiny(), video_of(rows=1)
     params = published()

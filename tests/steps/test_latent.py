@@ -129,10 +129,8 @@ def test_the_target_moves_as_the_schedule_says():
         before = current
         current, metrics = step(current, batch_of(2, seed=n))
         np.testing.assert_allclose(metrics["ema_decay"], want, rtol=1e-6)
-        jax.tree.map(
-            lambda e, p, new, d: np.testing.assert_allclose(new, d * e + (1 - d) * p, atol=1e-6),
-            before.ema, current.params, current.ema, jax.tree.map(lambda _: want, before.ema),
-        )  # fmt: skip
+        moved = jax.tree.map(lambda e, p, d=want: d * e + (1 - d) * p, before.ema, current.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), current.ema, moved)
         # The targets are those of the average before the update.
         target = latent.target_features(
             model.encoder, before.ema["encoder"], batch_of(2, n)["video"]
@@ -143,6 +141,7 @@ def test_the_target_moves_as_the_schedule_says():
     np.testing.assert_allclose([decay(4), decay(99)], [0.9, 0.9], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_momentum_one_is_a_frozen_teacher():
     model, tx = tiny(), optax.sgd(0.1)
     options = dict(model=model, tx=tx, stage_key=KEY, views=VIEWS, loss="cosine")
@@ -211,12 +210,12 @@ def test_accumulation_and_a_mesh_change_nothing():
             ema_decay=latent.momentum(0.9, 1.0, 10),
         )  # fmt: skip
         boxed = jax.eval_shape(lambda: predictor.init(model, jax.random.key(0)))
-        found = [jax.jit(make())(begin, batch), jax.jit(make(accumulation=4))(begin, batch)]
+        found = [jax.jit(make())(begin, batch)]
         mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, sequence=1)
         there = jax.device_put(begin, sharding.state_shardings(begin, boxed, mesh))
         given = sharding.global_batch({k: np.asarray(v) for k, v in batch.items()}, mesh)
         with sharding.use(mesh):
-            found.append(jax.jit(make(accumulation=2))(there, given))
+            found.append(jax.jit(make(accumulation=4))(there, given))
         keep = lambda new, metrics: jax.device_get(
             (new.params, new.ema, metrics["loss"], metrics["spread/clips"])
         )

@@ -1,0 +1,40 @@
+"""UniFormerV2-B/16, 8 frames at 224 px: InternVideo's multimodal video tower, fine-tuned on action labels.
+
+    python -m invideo_jax.train --config=configs/internvideo1/uniformerv2_b.py \
+        --config.data.train=FOLDER_OR_MANIFEST --config.stages.finetune.init.source=TOWER --workdir=DIR
+
+TOWER is a folder of weights of the video tower (`internvideo1_multimodal` is its layout), as it comes from
+training with text; the head starts fresh. After the colon: `kinetics400` (default) or `k710`, and `smoke`.
+
+Published: the tower (CLIP ViT-B/16 frame by frame, global blocks beside the last 4, dropout 0.5 in them),
+frames and size, and that it is fine-tuned on K710 before features are exchanged with the masked encoder.
+This project's own: rate, batch, epochs and augmentation.
+
+Hardware and hours: not published; not run at full size by this project.
+
+Source: InternVideo (arXiv:2212.03191) 3.2, 3.3; UniFormerV2 (arXiv:2211.09552).
+"""
+
+from configs import common
+from configs.common.classify import CLASSES
+
+
+def get_config(arg=None):
+    words = common.parse_arg(arg, "kinetics400", "k710", "smoke")
+    c = common.classifier("uniformer_v2")
+    c.model.size = "B"
+    del c.model.layer_scale  # these blocks have none
+    stage = c.stages.finetune
+    stage.head.classes = CLASSES["k710" if words["k710"] else "k400"]
+    stage.normalisation = "clip"
+    stage.length = "55 epochs"
+    stage.batch_size = 256
+    stage.clip.repeats = 1
+    stage.mix.mixup = 0.0
+    stage.mix.cutmix = 0.0
+    stage.optimizer.learning_rate = 1e-5
+    stage.schedule.warmup = "5 epochs"
+    stage.init.fresh = (r"^(fc_norm|head)/",)
+    if not words["smoke"]:  # that starts fresh
+        stage.init.rename = (r"^(?!encoder/)->encoder/",)
+    return common.smoke(c) if words["smoke"] else c
