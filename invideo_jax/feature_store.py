@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from invideo_jax.errors import UserError
 
@@ -147,7 +147,7 @@ class Writer:
         stacked = {n: _bits(np.stack([r[n] for r in self._rows.values()])) for n in names}
         header = {"header": json.dumps({"ids": list(self._rows), "reached": self.reached})}
         path = self.folder / f"part-{self.name}-{self._next:06d}.safetensors"
-        _replace(path, lambda partial: save_file(stacked, partial, metadata=header))
+        _replace(path, lambda partial: partial.write_bytes(save(stacked, metadata=header)))
         self._rows, self._next = {}, self._next + 1
 
 
