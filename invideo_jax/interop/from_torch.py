@@ -100,7 +100,7 @@ def convert(
     state = _without(state, wanted.drop, "dropped", notes)
     text = infer.model_text({key: x.shape for key, x in state.items()}, layout, given)
     model = models.make(text)
-    model.check()
+    models.check(model)
     expected = models.shapes(model)
     kept, table = _without_fresh(expected, table, wanted.fresh)
     known = {key for _, key, _ in mapping.keys_of(names.get(layout), expected)}
@@ -159,7 +159,7 @@ def _resized(model, leaves: dict[str, Leaf], wanted: Wanted, notes: list[str]):
     if (frames, size) == (old.frames, old.image_size):
         return model, leaves
     model = models.with_encoder(model, frames=frames, image_size=size)
-    model.check()
+    models.check(model)
     new, shapes = models.encoder_of(model)[0], models.shapes(model)
     leaves = dict(leaves)
     for path, value in leaves.items():

@@ -15,7 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Text = dict[str, Any]  # a model as `models.describe` writes it
 
 # Attention heads do not show in shapes: those of the published models, by width.
-HEADS = {row.width: row.heads for row in sizes.INTERNVIDEO2.values()} | {
+HEADS = {row.width: row.heads for row in sizes.INTERNVIDEO2.values() if row.params} | {
     row.width: row.heads for row in sizes.VIDEO_MAE.values() if row.encoder_params
 }
 DECODER_HEADS = {

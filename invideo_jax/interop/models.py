@@ -114,6 +114,11 @@ def init(model: nn.Module, key: jax.Array) -> PyTree:
     return module_of(model).init(model, key)
 
 
+def check(model: nn.Module) -> None:
+    """Raises UserError where the model's attributes do not fit together."""
+    (model if hasattr(type(model), "check") else encoder_of(model)[0]).check()
+
+
 def module_of(model: Any) -> Any:
     """The Python module that the model's class stands in."""
     return importlib.import_module(type(model).__module__)

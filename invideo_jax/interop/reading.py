@@ -56,7 +56,7 @@ def open_weights(path: str | pathlib.Path, *, entry: str = "") -> Weights:
 
 
 def _in_folder(folder: pathlib.Path) -> pathlib.Path:
-    found = sorted(p for p in folder.iterdir() if p.is_file())
+    found = sorted(p for p in folder.iterdir() if p.is_file() and p.stem != "certificate")
     for fits in (
         lambda p: p.name.endswith(".safetensors.index.json"),
         lambda p: p.suffix == ".safetensors",
@@ -100,6 +100,8 @@ def _file(path: pathlib.Path, entry: str) -> tuple[dict[str, Leaf], list[str]]:
         head = file.read(512)
     if not head:
         raise UserError(f"{path} is empty. Copy or download it again.")
+    if head[8:9] == b"{":  # behind the header's length, which can begin with any byte
+        return safetensors_io.read(path), []
     if head[:4] == b"PK\x03\x04":
         return _unwrapped(torch_zip.read(path), path, entry)
     if head[:1] == b"\x80" or b"ustar" in head:
