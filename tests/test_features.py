@@ -16,7 +16,10 @@ import safetensors.numpy
 from conftest import REPOSITORY
 from data.video_files import flip_bits, write
 
-from invideo_jax import features, handover, sharding
+from invideo_jax import config as config_lib
+from invideo_jax import features, handover, programs, sharding
+from invideo_jax import run as run_lib
+from invideo_jax.checkpoint import Checkpoints
 from invideo_jax.data.sources import open_source
 from invideo_jax.data.transforms import ClipSpec, load_clip
 from invideo_jax.errors import UserError
@@ -317,6 +320,42 @@ def test_the_encoder_is_found_in_other_models(whole, tmp_path):
     tokens, _ = jax.jit(made.encoder.apply)({"params": params["encoder"]}, video)
     assert np.abs(made_of["clip"] - tokens.mean(1)).max() < 1e-5
     assert np.abs(made_of["frame"] - tokens.reshape(2, 2, 16, -1).mean(2)).max() < 1e-5
+
+
+def test_the_newest_checkpoint_of_a_run(tmp_path, monkeypatch):
+    """A workdir: the encoder of its stage, with the average where asked for."""
+    monkeypatch.chdir(REPOSITORY)
+    override = "stages.masked.ema_decay=0.9"
+    config = config_lib.load("configs/quickstart.py:smoke", [override]).config
+    stage = run_lib.place_stages(config, 100)[0]
+    program = programs.program(config, stage)
+    mesh, rng = sharding.make_mesh(), np.random.default_rng(0)
+    shapes = sharding.unbox(jax.eval_shape(program.init_params))
+    draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    state = dict(params=jax.tree.map(draw, shapes), ema=jax.tree.map(draw, shapes))
+    meta = dict(config=config.to_dict(), stage="masked", epoch_examples=100)
+    with Checkpoints(tmp_path / "checkpoints") as kept:
+        kept.save(3, state, meta, wait=True)
+    for ema in (True, False):
+        encoder = encoders.open_encoder(str(tmp_path), mesh, ema=ema)
+        wanted = state["ema" if ema else "params"]["encoder"]
+        same = jax.tree.map(np.array_equal, encoder.params, wanted)
+        assert all(jax.tree.leaves(same))
+        assert encoder.about["weights"] == ("ema" if ema else "params")
+        assert encoder.about["step"] == 3 and encoder.module.frames == 8
+        assert "19 copied" in encoder.note
+
+
+def test_devices_can_share_the_parameters(model, made, videos, tmp_path):
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    encoder = encoders.open_encoder(str(model[0]), mesh)
+    kernel = encoder.params["patch_embed"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    run((encoder, mesh), videos, tmp_path / "x.safetensors", kinds=("clip",))
+    rows, exact = (
+        safetensors.numpy.load_file(f)["clip"] for f in (tmp_path / "x.safetensors", made[0])
+    )
+    assert np.abs(rows - exact).max() < 1e-5
 
 
 def test_half_precision(opened, model, videos, made, tmp_path):

@@ -138,8 +138,9 @@ def extract(
             job.take(item)
         job.finish()
     bad = store.write_bad(output, _with_ids(parts.failures, ids))
-    metadata = _metadata(encoder, request, question, ids, parts)
-    if output.suffix == ".parquet":
+    table = output.suffix == ".parquet"
+    metadata = _metadata(encoder, question, ids, parts, names=not table)
+    if table:
         store.write_parquet(output, parts, job.arrays, metadata, ids)
     else:
         store.write_safetensors(output, parts, job.arrays, metadata)
@@ -318,8 +319,12 @@ def _question(encoder: Encoder, source: Source, request: Request) -> dict[str, A
     )
 
 
-def _metadata(encoder, request, question, ids, parts) -> dict[str, str]:
-    """Text by name, in the output's header; nothing in it tells when or how often the run was started."""
+def _metadata(encoder, question, ids, parts, *, names: bool) -> dict[str, str]:
+    """Text by name, in the output's header; nothing in it tells when or how often the run was started.
+
+    Args:
+        names: whether the videos are named there, for a format without columns of text.
+    """
     clip = question["clip"]
     told = dict(
         model=encoder.about,
@@ -332,9 +337,10 @@ def _metadata(encoder, request, question, ids, parts) -> dict[str, str]:
         request=question,
         code=dict(packages=question["packages"], git=runtime.git_state()),
         rows=parts.rows,
-        ids=ids,
-        paths=[parts.paths.get(number, "") for number in range(len(ids))],
     )
+    if names:
+        told["ids"] = ids
+        told["paths"] = [parts.paths.get(number, "") for number in range(len(ids))]
     text = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in told.items()}
     return dict(format=FORMAT) | text
 
