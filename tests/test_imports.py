@@ -10,7 +10,7 @@ PACKAGE = REPOSITORY / "invideo_jax"
 
 # What stands in a row may import rows below it, and within its own row; nothing above.
 LAYERS = (
-    ("train", "evaluate", "features"),
+    ("train", "evaluate", "features", "teacher_cache"),
     ("run",),
     ("checks",),
     ("build", "teaching", "stage_start"),
@@ -25,6 +25,7 @@ LAYERS = (
         "checkpoint",
         "checkpoint_list",
         "digests",
+        "feature_store",
         "metrics",
         "progress",
         "stored",

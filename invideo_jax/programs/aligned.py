@@ -160,6 +160,10 @@ def cache_facts(config: Config, stage_name: str) -> dict[str, Any]:
 def _identity(options: Config, key: str) -> Any:
     if options.source.startswith("random:"):
         return options.source
+    if not options.source:
+        raise UserError(
+            f"{key}.source must say which teacher the features are of; got an empty one."
+        )
     about = handover.open_source(options.source, key=key).about
     return [about["digest"], options.old_frames, *options.rename]
 
