@@ -58,6 +58,23 @@ def squared_error(prediction: jax.Array, target: jax.Array, valid: jax.Array) ->
     return mean(error.mean(axis=tuple(range(1, error.ndim))), valid)
 
 
+def cosine_distance(student: jax.Array, teacher: jax.Array, valid: jax.Array) -> Mean:
+    """2 - 2 <student, teacher>, mean over all vectors of an example, weighed by `valid`.
+
+    Args:
+        student, teacher: unit vectors [B, ..., C].
+        valid: bool or weights [B].
+
+    Returns:
+        From 0 (equal) to 4 (opposite): the squared distance of the unit vectors.
+
+    Source: InternVideo2 (arXiv:2403.15377) 3.1, engine_for_pretraining.py.
+    """
+    wide = jnp.promote_types(student.dtype, jnp.float32)
+    apart = 2.0 - 2.0 * (student.astype(wide) * teacher.astype(wide)).sum(-1)
+    return mean(apart.reshape(len(apart), -1).mean(-1), valid)
+
+
 def similarity(
     a: jax.Array, b: jax.Array, temperature: jax.Array | float, *, reduce: str = "mean"
 ) -> jax.Array:

@@ -13,7 +13,6 @@ from invideo_jax import losses, negatives, sharding
 from invideo_jax.interop.from_torch import to_params
 from invideo_jax.interop.to_torch import to_state_dict
 from invideo_jax.models.text_encoder import ClipText
-from invideo_jax.steps import aligned
 from invideo_jax.text_masking import WordDraws, mask_words
 from tests.golden import Outcome, Tensors
 from tests.golden_internvideo2 import (
@@ -44,8 +43,8 @@ def published(made: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def uta(made: Mapping[str, jax.Array], middle: np.ndarray, final: np.ndarray) -> jax.Array:
     """The published alignment loss of stage 2: middle [K, B, 1+V, C] and final [B, C] with factor 1."""
     valid = jnp.ones(len(final))
-    first = aligned.alignment(made["clip_middle"], jnp.asarray(middle).swapaxes(0, 1), valid)
-    return first.value + aligned.alignment(made["clip_final"], jnp.asarray(final), valid).value
+    first = losses.cosine_distance(made["clip_middle"], jnp.asarray(middle).swapaxes(0, 1), valid)
+    return first.value + losses.cosine_distance(made["clip_final"], jnp.asarray(final), valid).value
 
 
 def run_vision(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome:
@@ -181,8 +180,8 @@ def _alignments(inputs: Tensors, wanted: Sequence[str]) -> Tensors:
                 jnp.asarray(inputs[f"uta/{n}_{part}"]) for n in ("student", "teacher")
             ]
             valid = jnp.ones(len(side("final")[0]))
-            middle = aligned.alignment(*(x.swapaxes(0, 1) for x in side("middle")), valid).value
-            final = aligned.alignment(*side("final"), valid).value
+            middle = losses.cosine_distance(*(x.swapaxes(0, 1) for x in side("middle")), valid).value
+            final = losses.cosine_distance(*side("final"), valid).value
             ratios = (float(m[1]), float(m[2])) if m[1] else (1.0, 0.0)
             value = ratios[0] * middle + ratios[1] * final
             tensors[name] = value.reshape(inputs[name].shape)

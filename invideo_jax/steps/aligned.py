@@ -175,21 +175,6 @@ def make_teach(
     return teach
 
 
-def alignment(student: jax.Array, teacher: jax.Array, valid: jax.Array) -> Mean:
-    """2 - 2 <student, teacher>, mean over all vectors of an example, weighed by `valid`.
-
-    Args:
-        student, teacher: unit vectors [B, ..., C].
-        valid: bool or weights [B].
-
-    Returns:
-        From 0 (equal) to 4 (opposite): the squared distance of the unit vectors.
-    """
-    wide = jnp.promote_types(student.dtype, jnp.float32)
-    apart = 2.0 - 2.0 * (student.astype(wide) * teacher.astype(wide)).sum(-1)
-    return losses.mean(apart.reshape(apart.shape[0], -1).mean(-1), valid)
-
-
 def align_objective(
     model: nn.Module,
     *,
@@ -226,7 +211,9 @@ def align_objective(
         drop = fold(keys, DROP_PATH) if train and model.encoder.drop_path else None
         video = batch["video"][:, ::stride]
         out = model.apply({"params": params}, video, batch["visible"], keys=drop)
-        parts = {name: alignment(out[name], batch[name], batch["valid"]) for name in wanted}
+        parts = {
+            name: losses.cosine_distance(out[name], batch[name], batch["valid"]) for name in wanted
+        }
         total = sum(ratio * parts[name].total for name, ratio in wanted.items())
         return Mean(total, parts[next(iter(wanted))].weight), parts
 
