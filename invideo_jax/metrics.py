@@ -265,7 +265,7 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: v if name == "texts" else _decode(v) for name, v in value.items()}
+        return {name: _decode(v) for name, v in value.items()}
     if isinstance(value, list):
         return [_decode(v) for v in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
