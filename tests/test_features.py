@@ -277,6 +277,16 @@ def suffixes(rows):
     return [[".mp4", ".mkv", ".avi", ".mp4", ".ts"][v] for v in rows["video"]]
 
 
+def test_parquet_in_several_row_groups(opened, videos, tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    for name, size in (("one", store.GROUP_BYTES), ("many", 1600)):
+        monkeypatch.setattr(store, "GROUP_BYTES", size)
+        run(opened, videos, tmp_path / f"{name}.parquet", kinds=("clip",))
+    one, many = (pyarrow.ParquetFile(tmp_path / f"{name}.parquet") for name in ("one", "many"))
+    assert one.num_row_groups == 1 and many.num_row_groups > 2
+    assert one.read().equals(many.read())
+
+
 def test_one_program_is_compiled(opened, videos, tmp_path, monkeypatch):
     traced = []
     real = extract.make_features
@@ -406,6 +416,19 @@ def test_a_stopped_run_gives_the_same_bytes(made, opened, videos, tmp_path, monk
     assert len(starts) == 6  # 28 rows are 4 parts; the third start loses its work
     assert output.read_bytes() == made[0].read_bytes()
     assert not store.parts_folder(output).exists()
+
+
+def test_rows_are_read_in_pieces_of_any_size(tmp_path):
+    parts, rng = store.Parts(tmp_path / "x.parquet", {}), np.random.default_rng(0)
+    whole = rng.normal(size=(9, 2))
+    for low, high in ((0, 3), (3, 3), (3, 8), (8, 9)):
+        parts.add({"x": whole[low:high]}, (high, 0), [], {})
+    again = store.Parts(tmp_path / "x.parquet", {})
+    assert again.rows == 9 and again.cursor == (9, 0)
+    for rows in range(1, 11):
+        pieces = list(again.read("x", rows))
+        assert [len(x) for x in pieces] == [rows] * (9 // rows) + [9 % rows] * bool(9 % rows)
+        assert np.array_equal(np.concatenate(pieces), whole)
 
 
 def arguments(model, videos, output, *more):

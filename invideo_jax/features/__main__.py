@@ -20,13 +20,18 @@ from invideo_jax.features import extract, store, windows
 from invideo_jax.programs.base import compute_dtype
 
 STRICT = 1  # exit code of --strict where a video is bad
+INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
     with command_line.errors_for_people(ValueError):
         given = _arguments(sys.argv[1:] if argv is None else argv)
-        summary = _run(given)
+        try:
+            summary = _run(given)
+        except KeyboardInterrupt:
+            print(f"stopped; the same command goes on with {given.output}", file=sys.stderr)
+            return INTERRUPTED
     output = pathlib.Path(given.output)
     print(f"{summary.rows:,} rows of {summary.videos:,} videos in {output}")
     if summary.padded:
