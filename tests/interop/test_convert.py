@@ -159,11 +159,9 @@ def test_published_lists_of_keys_and_shapes_follow_from_themselves(shared):
         table = names.get(layout)
         state = {mapping.spelled(k, table): x for k, x in state.items()}
         frames = 4 if "stage2" in file.name else 0
-        values = {"decoder_heads": 8} if "huge" in file.name else {}
-        text = infer.model_text(
-            {k: x.shape for k, x in state.items()}, layout, infer.Given(frames, values=values)
-        )
-        model = models.make(text)
+        shapes = {k: x.shape for k, x in state.items()}
+        text = infer.model_text(shapes, layout, infer.Given(frames))
+        model = models.with_encoder(models.make(text), scan=True)  # quicker to trace
         shapes = models.shapes(model)
         leaves = mapping.to_leaves(state, layout=layout, expected=shapes)
         back = mapping.to_state(leaves, layout=layout, cube=models.cube_of(model))

@@ -113,7 +113,13 @@ def close(ours, theirs, bound=1e-5):
         assert np.abs(got - np.asarray(value)).max() <= bound, name
 
 
-@pytest.mark.parametrize("name", CASES)
+# The others run with the slow tests: each compiles a model.
+QUICK = ("stage1", "separate", "bare", "clip", "video_mae_scaled", "classifier_mae")
+QUICK += ("classifier_attentive_kaiming_BN", "classifier_cls_avgN_proj_BN")
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_outputs_equal_jax_and_weights_come_back(name):
     model = CASES[name]()
     params, video = random_params(model), video_for(model)
@@ -161,7 +167,7 @@ def test_reconstruction_equals_jax():
 
 
 @pytest.mark.parametrize("name", ["stage1", "separate", "images"])
-@pytest.mark.parametrize("frames, size", [(8, 16), (4, 24), (6, 32)])
+@pytest.mark.parametrize("frames, size", [(8, 24), (4, 8), (6, 16)])
 def test_positions_of_other_clips_equal_jax(tmp_path, name, frames, size):
     import json
 
