@@ -120,6 +120,7 @@ def test_temperature_is_held_within_its_range_and_can_come_back(ready):
         assert gradient == 1
 
 
+@pytest.mark.slow  # 10 s of compiling
 def test_clip_learns_which_text_belongs_to_which_video():
     vision = alignment.ProjectedEncoder(
         video_encoder.VideoEncoder(**VISION, pool_heads=4, pool_width=20, scan=True), 6
@@ -274,3 +275,11 @@ def test_arguments_are_taken_wherever_they_stand_and_unknown_ones_are_errors(
     with pytest.raises(ValueError, match="model.vision_encoder.new_thing=1 is not known"):
         model_of(changed, state, 2, 8)
     assert model_of({"mlm": 0.5, **flat}, state, 2, 8)[1] == {"mlm": 0.5}
+
+
+@pytest.mark.slow
+def test_stored_numbers_of_the_original_models_hold(shared, capsys):
+    names = ("c_stage2_vision_tiny_samepos", "c_stage2_losses", "d_mobileclip_text_tiny")
+    files = [str(shared / "golden" / f"{name}.json") for name in names]
+    assert golden.main(files) == 0
+    assert "3 of 3 files hold" in capsys.readouterr().out
