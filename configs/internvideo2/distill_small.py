@@ -4,8 +4,7 @@
         --config.data.train=synthetic:data/synthetic --config.stages.aligned.teachers.clip.source=DIR_OF_TEACHER
 
 The objective of `distill_s.py` at sizes for a laptop: clips of 8 frames at 32 px, 129 tokens, of which the student sees 27.
-`python tests/benchmarks/bench_distill.py` makes data and teacher, runs this, and measures what was learned; the numbers are in
-docs/distillation.md.
+`python tests/benchmarks/bench_distill.py --output=DIR` makes data and teacher, runs this, and measures what was learned.
 After the colon: `smoke`, for seconds instead of minutes.
 """
 

@@ -20,9 +20,13 @@ def perturbed(teacher, seed=0):
     """Parameters that are nowhere at their initial value."""
     shapes = sharding.unbox(jax.eval_shape(lambda: teacher.init(jax.random.key(0))))
     rng = np.random.default_rng(seed)
-    draw = lambda x: np.asarray(0.5 + 0.3 * rng.standard_normal(x.shape), np.float32)
-    scaled = lambda x: x / np.sqrt(x.shape[-2]) if x.ndim > 1 else x
-    return jax.tree.map(lambda x: scaled(draw(x)), shapes)
+
+    def draw(path, x):
+        noise = rng.standard_normal(x.shape)
+        kernel = sharding.path_of(path).endswith("kernel")
+        return np.asarray(noise / x.shape[-2] ** 0.5 if kernel else 0.5 + 0.3 * noise, np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def forward(encoder, params, *blocks, visible=None):
@@ -53,11 +57,11 @@ def test_image_teacher_is_a_loop_over_frames():
         for k in range(2):
             cls = np.mean([f[k][0, 0] for f in frames], axis=0)
             want = np.concatenate([cls[None], *(f[k][0, 1:] for f in frames)])
-            np.testing.assert_allclose(made["middle"][b, k], length_one(want), atol=2e-6)
+            np.testing.assert_allclose(made["middle"][b, k], length_one(want), atol=4e-6)
         pooled = np.mean([f[2][0] for f in frames], axis=0)
-        np.testing.assert_allclose(made["final"][b], length_one(pooled), atol=2e-6)
+        np.testing.assert_allclose(made["final"][b], length_one(pooled), atol=4e-6)
         attention = np.concatenate([f[3][0] for f in frames])
-        np.testing.assert_allclose(made["attention"][b], attention, atol=1e-6)
+        np.testing.assert_allclose(made["attention"][b], attention, atol=5e-6)
 
 
 def test_video_teacher_keeps_its_class_token():
@@ -67,10 +71,10 @@ def test_video_teacher_keeps_its_class_token():
     tokens, out = forward(teacher.encoder, params, 0, 2)
     assert teacher.layers == (0, 2)
     for k, block in enumerate(("block0", "block2")):
-        np.testing.assert_allclose(made["middle"][:, k], length_one(out[block]), atol=2e-6)
+        np.testing.assert_allclose(made["middle"][:, k], length_one(out[block]), atol=4e-6)
     pool = jax.jit(lambda x: teacher.encoder.apply({"params": params}, x, method="pool_attention"))
     pooled, weights = pool(tokens)
-    np.testing.assert_allclose(made["final"], length_one(pooled), atol=2e-6)
+    np.testing.assert_allclose(made["final"], length_one(pooled), atol=4e-6)
     np.testing.assert_allclose(made["attention"], weights, atol=1e-6)
 
 
@@ -79,8 +83,8 @@ def test_mae_teacher_normalises_its_last_block_only():
     params = perturbed(teacher)
     made = jax.jit(teacher)(params, VIDEO)["middle"]
     tokens, out = forward(teacher.encoder, params, 0, 1)
-    np.testing.assert_allclose(made[:, 0], length_one(out["block0"]), atol=2e-6)
-    np.testing.assert_allclose(made[:, 1], length_one(tokens), atol=2e-6)
+    np.testing.assert_allclose(made[:, 0], length_one(out["block0"]), atol=4e-6)
+    np.testing.assert_allclose(made[:, 1], length_one(tokens), atol=4e-6)
     assert np.abs(length_one(out["block1"]) - made[:, 1]).max() > 0.1
 
 
@@ -92,7 +96,7 @@ def test_clip_teacher_projects_patches():
     project = jax.jit(lambda x: teacher.encoder.apply({"params": params}, x, method="project"))
     for k, block in enumerate(("block2", "block3")):
         patches = out[block][:, teacher.encoder.prefix :]
-        np.testing.assert_allclose(made["middle"][:, k], length_one(project(patches)), atol=2e-6)
+        np.testing.assert_allclose(made["middle"][:, k], length_one(project(patches)), atol=4e-6)
     assert made["attention"].shape == (2, 64) and teacher.prefix == 0
     assert np.all(made["attention"] > 0) and made["attention"].reshape(8, 16).sum(1).max() < 1
 
