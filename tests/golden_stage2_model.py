@@ -2,8 +2,9 @@
 
 The original is built from a configuration file in which the two towers are nested, so arguments are taken
 wherever they stand; what they leave open is read off the shapes of the state. Names of results differ between
-files: one that is not known here is compared with the result of the same shape that comes nearest, and a
-note says with which. That can hide a wrong name, not a wrong number.
+files. One that is not known here is identified by its numbers, if any of our results of that shape equals it
+within the bound, and a note says which; else it counts as not checked. That can hide a wrong name, not a
+wrong number: no two results of random weights are equal.
 """
 
 import functools
@@ -321,10 +322,10 @@ def _resolve(name: str, want: np.ndarray, cases: Mapping[str, Mapping[str, Any]]
         for ours, value in found.items()
         if np.shape(value) == want.shape
     ]
-    if not alike:
+    gap, ours, value = min(alike, key=lambda x: x[:2], default=(np.inf, "", None))
+    if not gap <= BOUND:
         return None, None
-    gap, ours, value = min(alike, key=lambda x: x[:2])
-    return value, f"{name} is compared with {ours}, which comes nearest"
+    return value, f"{name} is a name not known here; it equals {ours} within the bound"
 
 
 def _gradients(model, params, given: Given, kind: str, masked: bool, back) -> dict[str, Tensors]:
@@ -407,7 +408,7 @@ def _all_gradients(model, params, given, kinds, weights, back, inputs, wanted, n
                 best = gap, found[which], f"{'+'.join(which)} of {kind}, masked={masked}"
             if gap <= BOUND:
                 break
-        notes.append(f"{group}/ is compared with the gradient of {best[2]}, which comes nearest")
+        notes.append(f"{group}/ does not say of what; compared with the gradient of {best[2]}")
         tensors |= {n: best[1][key] for n, key in names.items() if key in best[1]}
     return tensors
 
