@@ -1,4 +1,4 @@
-"""A small video encoder learns to name the motions of the built-in dataset: minutes on two CPU cores.
+"""A small video encoder is trained to name the motions of the built-in dataset: minutes on two CPU cores.
 
     python -m invideo_jax.data.synthetic --output=data/synthetic
     python -m invideo_jax.train --config=configs/quickstart_finetune.py --workdir=workdir_finetune
