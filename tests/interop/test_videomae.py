@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 
 from invideo_jax import sharding
 from invideo_jax.errors import UserError
-from invideo_jax.interop import names
 from invideo_jax.interop.from_torch import to_params
 from invideo_jax.interop.to_torch import to_state_dict
 from invideo_jax.models import video_mae
