@@ -421,6 +421,24 @@ def source_files(place):
     return json.loads((place / "model.json").read_text())["files"]
 
 
+def test_parts_of_a_model_from_several_folders(tmp_path):
+    trees = {
+        "masked": params_of(video_encoder.init, encoder(), 0),
+        "multimodal": params_of(video_encoder.init, encoder(depth=1), 1),
+    }
+    for part, tree in trees.items():
+        folder.save_params(tmp_path / part, tree, {"model": "internvideo2", "arguments": {}})
+    spec = ";".join(f"{part}={tmp_path / part}" for part in trees)
+    found = handover.open_source(spec, key=KEY)
+    table = handover.plan(jax.eval_shape(lambda: trees), found.shapes, about=found.about, key=KEY)
+    got = flat(handover.apply(table, found.get, lambda: trees))
+    assert got.keys() == flat(trees).keys()
+    assert all(np.array_equal(got[path], x) for path, x in flat(trees).items())
+    assert f"{tmp_path / 'masked'} + {tmp_path / 'multimodal'}" in table.summary()
+    with pytest.raises(UserError, match="not there"):
+        handover.open_source(f"masked={tmp_path / 'masked'};multimodal={tmp_path}/none", key=KEY)
+
+
 @pytest.mark.parametrize("what", ["nothing", "empty", "file"])
 def test_what_is_no_source(what, tmp_path):
     place = tmp_path / what

@@ -45,7 +45,7 @@ def fusion_stage() -> ml_collections.ConfigDict:
 
 def smoke_fusion(stage: ml_collections.ConfigDict) -> None:
     """A small multimodal encoder, the classes of the built-in dataset, and a fresh start."""
-    stage.init.fresh = ()
+    stage.init.fresh = stage.init.rename = stage.init.leftover = ()
     stage.classes = 15
     stage.multimodal.size = "Micro"
     stage.multimodal.frames = 4

@@ -1,10 +1,10 @@
 """Cross-model attention between VideoMAE ViT-B/16 and UniFormerV2-B/16, both frozen, on Kinetics-400.
 
-    python -m invideo_jax.train --config=configs/internvideo1/cma_b.py \
-        --config.data.train=FOLDER_OR_MANIFEST --config.stages.fused.init.source=BOTH --workdir=DIR
+    python -m invideo_jax.train --config=configs/internvideo1/cma_b.py --config.data.train=FOLDER_OR_MANIFEST \
+        '--config.stages.fused.init.source=masked=DIR;multimodal=DIR' --workdir=DIR
 
-BOTH is a folder of weights with the two encoders, each fine-tuned on labels, under `masked/` and
-`multimodal/`; modules and heads start fresh. After the colon: `r1` (the other reading of which encoder
+The two DIRs are workdirs (or folders of imported weights) of the encoders, each fine-tuned on labels: of
+`finetune_vit_b.py` and `uniformerv2_b.py`; modules and heads start fresh. After the colon: `r1` (the other reading of which encoder
 asks which), and `smoke`.
 
 Published: both encoders are frozen but for the query token of the multimodal one; a module is an attention
@@ -28,6 +28,8 @@ def get_config(arg=None):
     del c.stages.finetune
     stage = c.stages.fused = fusion_stage()
     c.stage_order = ("fused",)
+    stage.init.rename = ("^masked/encoder/->masked/", "^multimodal/encoder/->multimodal/")
+    stage.init.leftover = (r"^(masked|multimodal)/(fc_norm|head)/",)
     stage.init.fresh = (r"^(exchanges_\d+|masked_head|multimodal_head|combination)(/|$)",)
     if words["r1"]:
         stage.fusion.reading = "R1"

@@ -1,9 +1,9 @@
 """Cross-model attention between VideoMAE ViT-H/16 and UniFormerV2-L/14, both frozen, on Kinetics-400.
 
-    python -m invideo_jax.train --config=configs/internvideo1/cma_h.py \
-        --config.data.train=FOLDER_OR_MANIFEST --config.stages.fused.init.source=BOTH --workdir=DIR
+    python -m invideo_jax.train --config=configs/internvideo1/cma_h.py --config.data.train=FOLDER_OR_MANIFEST \
+        '--config.stages.fused.init.source=masked=DIR;multimodal=DIR' --workdir=DIR
 
-After the colon: `r1` and `smoke`; BOTH, and what is published and what is not, as in cma_b.py.
+After the colon: `r1` and `smoke`; the DIRs, and what is published and what is not, as in cma_b.py.
 
 Hardware and hours: not published; not run at full size by this project.
 Published result: InternVideo's Kinetics-400 91.1 % (an ensemble).

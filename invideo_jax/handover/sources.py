@@ -55,7 +55,8 @@ def open_source(spec: str, *, ema: bool = True, key: str = "stages.NAME.init") -
 
     Args:
         spec: a workdir, or 'WORKDIR@STEP' for another than its newest checkpoint; or a folder that
-            `python -m invideo_jax.interop.from_torch` wrote.
+            `python -m invideo_jax.interop.from_torch` wrote; or several of these for the parts of a
+            model, 'PART=SPEC;PART=SPEC': paths then begin with the part's name.
         ema: take the moving average of a workdir that keeps one.
         key: config section, or a flag of a command, for messages.
 
@@ -63,6 +64,9 @@ def open_source(spec: str, *, ema: bool = True, key: str = "stages.NAME.init") -
         UserError: nothing of the kind there. CheckpointError: damaged.
     """
     name = key if key.startswith("--") else f"{key}.source"
+    if all(re.match(r"\w+=", part) for part in spec.split(";")):
+        pairs = [part.partition("=")[::2] for part in spec.split(";")]
+        return _joined({part: open_source(where, ema=ema, key=key) for part, where in pairs})
     folder, _, step = spec.partition("@") if re.search(r"@\d+$", spec) else (spec, "", "")
     place = pathlib.Path(folder)
     if weights.is_folder(place):
@@ -78,6 +82,19 @@ def open_source(spec: str, *, ema: bool = True, key: str = "stages.NAME.init") -
             f"weights; got {spec!r}, which is {'neither' if place.is_dir() else 'not there'}."
         )
     return _workdir(place, int(step) if step else None, ema)
+
+
+def _joined(parts: Mapping[str, Source]) -> Source:
+    """Several sources as one, each under its name."""
+    shapes = {f"{n}/{path}": x for n, source in parts.items() for path, x in source.shapes.items()}
+
+    def get(path: str):
+        part, _, rest = path.partition("/")
+        return parts[part].get(rest)
+
+    told = lambda name: {part: source.about.get(name) for part, source in parts.items()}
+    about = dict(name=told("name"), weights=told("weights"), digest=told("digest"))
+    return Source(shapes, get, about)
 
 
 def _folder(place: pathlib.Path) -> Source:

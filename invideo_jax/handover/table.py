@@ -87,7 +87,8 @@ class Table:
         )
         parts = [f"{counts[k]} {name}" for k, name in names.items() if counts[k]]
         parts += [f"{len(self.left)} of the source not taken"] * bool(self.left)
-        said = " ".join(str(self.source[k]) for k in ("name", "weights") if self.source.get(k))
+        text = lambda x: " + ".join(map(str, x.values())) if isinstance(x, Mapping) else str(x)
+        said = " ".join(text(self.source[k]) for k in ("name", "weights") if self.source.get(k))
         return f"parameters from {said or 'the last stage'}: {', '.join(parts)}"
 
     def to_json(self) -> dict[str, Any]:
