@@ -147,12 +147,12 @@ def evaluators(
         only_due: leave out those that the config never runs during training.
     """
 
-    def batches(examples: int, *, of: str = "held_out", teach_too: bool = True, **views: int):
+    def batches(examples: int, *, of: str = "held_out", taught: bool = True, **views: int):
         sources = dict(held_out=held_out, train=train)[of]
         options = dict(mesh=mesh, sources=sources, examples=examples, ledger=ledger, **views)
         for batch in eval_batches(config, made, **options):
             on_batch()
-            yield teach(batch) if teach_too else batch
+            yield teach(batch) if taught else batch
 
     jitted = lambda function: None if function is None else jax.jit(function)
     given = Given(

@@ -50,8 +50,8 @@ class Given:
     Attributes:
         batches: (examples, *, of='held_out', clips=1, crops=1) -> device batches, always the same ones
             in the same order; the first `examples` held-out ('held_out') or training ('train') videos,
-            cut as for evaluation. Each gives clips * crops rows, at consecutive positions. Rows beyond them are not `valid`. With teach=False without the entries
-            that a teacher adds, which `eval_loss` needs.
+            cut as for evaluation. Each gives clips * crops rows, at consecutive positions. Rows beyond
+            them are not `valid`. taught=False leaves out what a teacher adds and `eval_loss` needs.
         eval_loss: (params, batch) -> name -> `losses.Mean` over valid rows.
         encode: (params, batch) -> pooled features of whole clips, [B, P].
         reconstruct: (params, batch) -> (original, masked, reconstruction), or None.

@@ -77,7 +77,7 @@ class Evaluator:
         return average(rows, views)
 
     def _rows(self, params: Any) -> Iterator[tuple[int, int, np.ndarray | None]]:
-        for batch in self.given.batches(self.examples, **self.views):
+        for batch in self.given.batches(self.examples, taught=False, **self.views):
             scores = to_host(self._scores(params, batch))
             position, label, valid = (to_host(batch[n]) for n in ("position", "label", "valid"))
             for i in range(len(position)):

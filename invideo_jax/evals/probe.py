@@ -35,7 +35,7 @@ def collect(given: Given, params: Any, *, examples: int, of: str) -> Labelled:
         UserError: none has a label.
     """
     features, labels = [], []
-    for batch in given.batches(examples, of=of):
+    for batch in given.batches(examples, of=of, taught=False):
         found = to_host(given.encode(params, batch).astype(jnp.float32))
         label, valid = to_host(batch["label"]), to_host(batch["valid"])
         known = valid & (label >= 0)

@@ -20,7 +20,7 @@ def logits_of(position):
 
 
 def given_in_batches(rows, *, labels, folder=None, invalid=()):
-    def batches(examples, *, clips=1, crops=1):
+    def batches(examples, *, clips=1, crops=1, taught=True):
         views, total = clips * crops, min(examples, VIDEOS) * clips * crops
         for start in range(0, total, rows):
             position = np.arange(start, start + rows)

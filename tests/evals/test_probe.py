@@ -17,7 +17,7 @@ def clusters(rows, seed, classes=4, noise=0.3):
 
 
 def given_of(train, held_out, rows=16):
-    def batches(examples, *, of="held_out"):
+    def batches(examples, *, of="held_out", taught=True):
         part = dict(train=train, held_out=held_out)[of]
         for start in range(0, min(examples, len(part.labels)), rows):
             label = part.labels[start : start + rows]
