@@ -331,7 +331,8 @@ class Loader:
             self._note_hanging(busy)
         if found and self._workers:
             self._killed.set()
-            kill({busy.pid for busy in found})
+            # All of them: another one may read the same example for a later epoch, and Grain waits 25 s for each.
+            kill(self._board.pids())
         return bool(found)
 
     def _note_hanging(self, busy: Busy) -> None:

@@ -25,7 +25,7 @@ CLIP = ClipSpec(frames=2, size=16, stride=2)
 
 
 def read(folder, ledger=None, **options):
-    options = dict(batch_size=4, seed=1, stage="masked", steps=5, read_seconds=0.4) | options
+    options = dict(batch_size=4, seed=4, stage="masked", steps=5, read_seconds=1.0) | options
     with Loader([open_source(str(folder))], clip=CLIP, ledger=ledger, **options) as batches:
         return list(batches)
 
@@ -125,7 +125,7 @@ def test_a_file_that_hangs_is_as_one_that_is_bad(folder, tmp_path, threads):
         (row,) = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
         assert row.pop("example").endswith("#2")
         assert row == dict(
-            path=str(file), id="clip_002.mp4", reason="hanging", detail="no end within 0.4 s"
+            path=str(file), id="clip_002.mp4", reason="hanging", detail="no end within 1 s"
         )
         assert ledger.counts == {"hanging": 1}
 
@@ -184,7 +184,7 @@ def test_a_batch_that_waits_for_nothing_known_is_still_said(folder, monkeypatch)
     with held(file):
         with pytest.raises(DataStalled, match="clip_002.mp4"):
             read(folder, hang_seconds=0.5, read_seconds=60.0)
-        assert same_clips(read(folder, hang_seconds=0.6, read_seconds=0.5), without)
+        assert same_clips(read(folder, hang_seconds=2.2, read_seconds=2.0), without)
 
 
 WORKERS = """
@@ -195,10 +195,11 @@ WORKERS = """
 
     if __name__ == "__main__":
         folder, file, workers, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+        options = dict(read_seconds=2.0)  # healthy reads of a busy machine take less
         with held(file):
-            here = read(folder, BadLedger(folder + "/0.jsonl", max_share=1.0))
+            here = read(folder, BadLedger(folder + "/0.jsonl", max_share=1.0), **options)
             ledger = BadLedger(folder + "/1.jsonl", max_share=1.0)
-            there = read(folder, ledger, workers=workers, threads=threads, hang_seconds=30)
+            there = read(folder, ledger, workers=workers, threads=threads, **options)
         assert ledger.counts == {"hanging": 1}
         assert [i for _, i in here] == [i for _, i in there]
         assert same_clips(here, there)
