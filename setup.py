@@ -29,7 +29,12 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "parquet": ["pyarrow>=18,<30"],
     "tensorboard": ["tensorboardX>=2.6.4,<3"],
-    "torch": ["torch>=2.7,<3", "transformers>=5.0,<6"],
+    "torch": [
+        "torch>=2.7,<3",
+        "transformers>=5.0,<6",
+        "onnx>=1.17,<2",
+        "onnxruntime>=1.20,<2",
+    ],
     "test": [
         "pytest>=8.4,<10",
         "hypothesis>=6.130,<7",
