@@ -139,6 +139,13 @@ def _whole_run(config: ml_collections.ConfigDict) -> Iterator[str]:
             "data.train must name the training videos; got an empty one. Give a folder, a manifest, "
             "synthetic:FOLDER, tfds:NAME or arrayrecord:GLOB: --config.data.train=FOLDER"
         )
+    # Half of hang_seconds is the longest wait for a batch; several reads in it may hang.
+    if config.data.read_seconds > config.guard.hang_seconds / 4:
+        yield (
+            "data.read_seconds must be at most a quarter of guard.hang_seconds, so that a read that hangs is given "
+            f"up before the run ends; got read_seconds={config.data.read_seconds:g}, "
+            f"hang_seconds={config.guard.hang_seconds:g}."
+        )
     rest = [axis for axis in config.mesh if config.mesh[axis] == -1]
     if len(rest) > 1:
         yield f"mesh must leave one size to fill in; got -1 for {' and '.join(sorted(rest))}."

@@ -57,6 +57,7 @@ MISTAKES = {
     "length of nothing": ("--config.stages.masked.length=0", "must be more than nothing"),
     "share of nothing": ("--config.stages.masked.length=50%", "set total_steps"),
     "unknown stage": ("--config.stage_order=mask", 'Did you mean "masked"'),
+    "reads longer than hangs": ("--config.guard.hang_seconds=100", "at most a quarter of guard"),
     "no stage": ("--config.stage_order=", "must name at least one stage"),
     "stage twice": ("--config.stage_order=masked,masked", "name each stage once"),
     "two sizes to fill in": ("--config.mesh.fsdp=-1", "must leave one size to fill in"),
