@@ -12,7 +12,7 @@ After the colon: `pretrained`, and `smoke`, for seconds instead of minutes.
 """
 
 from configs import common
-from configs.common.classify import NEW_HEAD, NO_ENCODER
+from configs.common.classify import from_pretraining
 
 
 def get_config(arg=None):
@@ -45,8 +45,7 @@ def get_config(arg=None):
     stage.schedule.final = 0.0
     if words["pretrained"]:
         stage.clip.size = 64
-        stage.init.fresh = NEW_HEAD
-        stage.init.leftover = (NO_ENCODER, r"^encoder/norm/")
+        from_pretraining(stage)
     del c.evals.multi_view
     c.evals.classification.every = "25%"
     c.checkpoint.every = "25%"

@@ -154,15 +154,18 @@ def leaves(params: PyTree) -> list[Leaf]:
     return found
 
 
-def matching(patterns: str | Sequence[str], paths: Sequence[str], *, what: str) -> list[set[str]]:
+def matching(
+    patterns: str | Sequence[str], paths: Sequence[str], *, what: str, none_ok: bool = False
+) -> list[set[str]]:
     """For each pattern the paths it is found in.
 
     Args:
         patterns: regular expressions.
         what: name of the setting, for the error message.
+        none_ok: whether a pattern may match nothing.
 
     Raises:
-        UserError: a pattern that matches nothing or is no regular expression.
+        UserError: a pattern that matches nothing, or is no regular expression.
     """
     found = []
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
@@ -172,7 +175,7 @@ def matching(patterns: str | Sequence[str], paths: Sequence[str], *, what: str) 
             raise UserError(
                 f"{what} must hold regular expressions; got {pattern!r} ({error})."
             ) from None
-        if not hits:
+        if not hits and not none_ok:
             near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
             raise UserError(
                 f"A pattern must match a parameter path; got {what}={pattern!r}, which matches "

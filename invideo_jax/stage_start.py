@@ -16,6 +16,8 @@ from invideo_jax.interop import models
 from invideo_jax.programs import Program, base
 from invideo_jax.state import TrainState
 
+FRESH = "fresh"  # as `init.source`: from nothing, whatever else `init` says
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -74,12 +76,14 @@ def plan(
     """
     options = config.stages[program.stage.name].init.to_dict()
     source, ema = options.pop("source"), options.pop("ema")
+    if source == FRESH:
+        return Start(program, mesh, None)
     if not source and before is None:
         set_in_vain = [name for name, value in options.items() if value]
         if set_in_vain:
             raise UserError(
                 f"stages.{program.stage.name}.init.{set_in_vain[0]} needs something that is handed over; the "
-                "first stage starts fresh. Set init.source."
+                f"first stage has no stage before it. Set init.source (to '{FRESH}' for a start without it)."
             )
         return Start(program, mesh, None)
     start = Start(program, mesh, None, source, ema)
@@ -110,12 +114,14 @@ def _open(spec: str, ema: bool, before: TrainState | None, key: str) -> handover
 
 def _grid(meta: Mapping[str, Any]) -> Grid | None:
     """Tokens (t, h, w) of the encoder that the parameters were made for, where that is known."""
-    if "config" in meta:  # of a workdir
+    workdir = "config" in meta
+    text = meta.get("model") if workdir else meta
+    if workdir and not text:  # a model that cannot be written as text; its encoder sees whole clips
         saved = config_lib.from_saved(meta["config"])
         return base.encoder(saved, meta["stage"], dtype=jnp.float32).grid
-    if "arguments" not in meta:
+    if "arguments" not in text:
         return None
     try:
-        return models.encoder_of(models.make(meta))[0].grid
+        return models.encoder_of(models.make(text))[0].grid
     except UserError:  # a tower without pictures
         return None

@@ -332,7 +332,7 @@ def test_a_complaint_about_a_moved_tree_names_the_renaming():
         (dict(rename=("[->b",)), "must hold 'pattern->replacement'"),
         (dict(rename=("zzz->b",)), rf"{KEY}.rename='zzz', which matches none"),
         (dict(fresh=("heads",)), rf"{KEY}.fresh='heads', which matches none"),
-        (dict(leftover=("heads",)), rf"{KEY}.leftover='heads', which matches none"),
+        (dict(leftover=("[",)), rf"{KEY}.leftover must hold regular expressions"),
     ],
 )
 def test_mistakes_in_a_recipe(options, message):

@@ -160,9 +160,10 @@ def classifier(encoder: str) -> ml_collections.ConfigDict:
 def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks every size of a recipe, and keeps its shape: a run of seconds on a CPU.
 
-    Without other data it trains on the built-in dataset.
+    Without other data it trains on the built-in dataset, and without `init.source` from a fresh start.
     """
     c.model.size = "Micro"
+    c.stages[c.stage_order[0]].init.source = "fresh"
     for name in c.stage_order:
         stage = c.stages[name]
         stage.length = "20 steps"

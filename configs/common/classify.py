@@ -7,8 +7,13 @@ from configs.common.masked import masked_stage
 TRUNK = r"^encoder/(patch_embed|cls_token|position_\w+|stack)(/|$)"
 POOL = r"^encoder/pool/"
 NEW_HEAD = (r"^(fc_norm|head)/",)  # parameters that no pretraining has
-NO_ENCODER = r"^(?!encoder/)"  # heads and decoders of pretraining
-IMAGE_TABLE = r"image_position_embedding$"  # of stage 2
+NEW_CAT_HEAD = (r"^(fc_norm|head|down|down_norm)/",)  # the same, of the variant 'cat'
+NEW_ATTENTIVE_HEAD = (r"^(fc_norm|head|extra_mlp)/",)  # of the variant 'attentive'
+# What a classifier takes of another model's encoder. Its paths begin with 'encoder/' in models of pretraining, with
+# 'vision/encoder/' in those of video and text, and with nothing where a file holds the encoder alone.
+_TAKEN = r"(vision/)?(encoder/)?(?=(patch_embed|cls_token|position_\w+|stack|pool)(/|$))"
+TO_ENCODER = f"^{_TAKEN}->encoder/"
+NOT_TAKEN = f"^(?!{_TAKEN})"  # heads, decoders, VideoMAE's last norm, stage 2's table for images
 
 CLASSES = dict(
     k710=710, k400=400, k600=600, k700=700, mit=339, ssv1=174, ssv2=174, anet=200, hacs=200,
@@ -109,17 +114,11 @@ def put(
         stage.clip.flip = 0.0  # left and right are in the labels
 
 
-def from_pretraining(stage: ml_collections.ConfigDict, *, old_frames: int = 0) -> None:
-    """Takes the encoder of a pretraining run or file, and starts the head fresh.
-
-    Args:
-        old_frames: frames of its clips; 4: of stage 2, which also has a table for images.
-    """
+def from_pretraining(stage: ml_collections.ConfigDict) -> None:
+    """Takes the encoder of any run or file of pretraining, which says for how many frames it is."""
     stage.init.fresh = NEW_HEAD
-    stage.init.leftover = (NO_ENCODER,)
-    if old_frames:
-        stage.init.old_frames = old_frames
-        stage.init.leftover = (NO_ENCODER, IMAGE_TABLE)
+    stage.init.rename = (TO_ENCODER,)
+    stage.init.leftover = (NOT_TAKEN,)
 
 
 def from_classes(stage: ml_collections.ConfigDict, data: str, *, old: str = "k710") -> None:
@@ -135,10 +134,6 @@ def from_classes(stage: ml_collections.ConfigDict, data: str, *, old: str = "k71
 
 
 def smoke_stage(stage: ml_collections.ConfigDict) -> None:
-    """Sizes of the built-in dataset, and a fresh start."""
+    """Sizes of the built-in dataset."""
     stage.head.classes = 15
     stage.mix.group = 0
-    for name in ("fresh", "leftover"):
-        stage.init[name] = ()
-    stage.init.label_map = ""
-    stage.init.old_frames = 0

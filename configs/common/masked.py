@@ -20,7 +20,7 @@ def masked_stage() -> ml_collections.ConfigDict:
     # Where the parameters come from at the start of the stage; every one that has no source must be named.
     stage.init = ml_collections.ConfigDict()
     # A workdir ('DIR', or 'DIR@STEP'), or a folder that interop.from_torch wrote; '': the stage before
-    # (the first stage starts fresh).
+    # (the first stage starts fresh); 'fresh': none, and nothing else of `init` counts.
     stage.init.source = ""
     stage.init.ema = True  # the moving average, where the source keeps one
     stage.init.rename = ()  # 'pattern->replacement' on the source's paths

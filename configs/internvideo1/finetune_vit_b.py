@@ -14,7 +14,7 @@ Sources: MCG-NJU/VideoMAE scripts/, FINETUNE.md; OpenGVLab/InternVideo InternVid
 """
 
 from configs import common
-from configs.common.classify import NEW_HEAD, NO_ENCODER, put
+from configs.common.classify import from_pretraining, put
 
 _BASE = dict(layer_decay=0.75, drop_path=0.1, warmup=5)
 DATA = {
@@ -35,8 +35,7 @@ def videomae(size):
     stage = c.stages.finetune
     stage.head.eps = 1e-6
     stage.clip.frames = 16
-    stage.init.fresh = NEW_HEAD
-    stage.init.leftover = (NO_ENCODER, r"^encoder/norm/")
+    from_pretraining(stage)
     return c
 
 

@@ -22,7 +22,7 @@ full_tuning/anet/, full_tuning/hacs/.
 """
 
 from configs import common
-from configs.common.classify import TRUNK, from_classes, from_pretraining, put
+from configs.common.classify import NEW_ATTENTIVE_HEAD, TRUNK, from_classes, from_pretraining, put
 
 _REST = dict(epochs=3, rate=1e-5)
 DATA = {
@@ -49,12 +49,13 @@ def get_config(arg=None):
     stage = c.stages.finetune
     stage.clip.frames = 16
     stage.optimizer.freeze = (TRUNK,)
-    if data == "ssv2":
-        stage.head.variant = "attentive"
     if data not in ("anet", "hacs"):
         stage.clip.randaugment = "rand-m5-n2-mstd0.25-inc1"
     if data in ("k710", "ssv2"):
-        from_pretraining(stage, old_frames=4)
+        from_pretraining(stage)
+        if data == "ssv2":
+            stage.head.variant = "attentive"
+            stage.init.fresh = NEW_ATTENTIVE_HEAD
     else:
         from_classes(stage, data, old="k400" if data in ("anet", "hacs") else "k710")
     return common.smoke(c) if words["smoke"] else c

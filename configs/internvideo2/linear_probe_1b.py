@@ -15,7 +15,7 @@ InternVideo2/single_modality/scripts/finetuning/linear_probing/.
 """
 
 from configs import common
-from configs.common.classify import POOL, TRUNK, from_pretraining, put
+from configs.common.classify import NEW_CAT_HEAD, POOL, TRUNK, from_pretraining, put
 
 _SMALL = dict(gpus=8, epochs=20, views=(2, 1), final=0.0)
 DATA = {
@@ -41,7 +41,7 @@ def get_config(arg=None):
         stage.head.variant = "cat"
         stage.head.merge = "cls_avgN_proj"
         stage.head.merge_norm = "LN"
-        stage.init.fresh = (r"^(fc_norm|head|down|down_norm)/",)
+        stage.init.fresh = NEW_CAT_HEAD
     if data == "ucf101":
         stage.clip.sampling = "window"  # 16 frames, 4 apart
     return common.smoke(c) if words["smoke"] else c

@@ -3,8 +3,8 @@
     python -m invideo_jax.train --config=configs/internvideo2/linear_probe_6b.py:k400 --workdir=DIR \
         --config.data.train=MANIFEST --config.stages.finetune.init.source=DIR_OF_STAGE1
 
-After the colon: the data set, `k400` (default), `ssv2`, `ucf101` or `hmdb51`; `stage2` to start from stage 2 instead of
-stage 1, and `smoke`. SSv2 has the class token, the mean of each
+After the colon: the data set, `k400` (default), `ssv2`, `ucf101` or `hmdb51`, and `smoke`; it starts from stage 1 or
+2. SSv2 has the class token, the mean of each
 frame and the pooled feature side by side.
 
 Hardware and hours: published on 16 GPUs (64 videos each), 8 for UCF101 and HMDB51; hours not published; not run at full size
@@ -19,7 +19,7 @@ InternVideo2/single_modality/scripts/finetuning/linear_probing/.
 """
 
 from configs import common
-from configs.common.classify import POOL, TRUNK, from_pretraining, put
+from configs.common.classify import NEW_CAT_HEAD, POOL, TRUNK, from_pretraining, put
 
 _SMALL = dict(gpus=8, epochs=20, views=(2, 1), final=0.0)
 DATA = {
@@ -31,7 +31,7 @@ DATA = {
 
 
 def get_config(arg=None):
-    words = common.parse_arg(arg, "k400", "ssv2", "ucf101", "hmdb51", "stage2", "smoke")
+    words = common.parse_arg(arg, "k400", "ssv2", "ucf101", "hmdb51", "smoke")
     data = next((name for name in DATA if words[name]), "k400")
     c = common.classifier("internvideo2")
     c.model.size = "6B"
@@ -40,12 +40,12 @@ def get_config(arg=None):
     stage.clip.frames = 16
     stage.clip.randaugment = "rand-m5-n2-mstd0.25-inc1"
     stage.optimizer.freeze = (TRUNK, POOL)
-    from_pretraining(stage, old_frames=4 if words["stage2"] else 0)
+    from_pretraining(stage)
     if data == "ssv2":
         stage.head.variant = "cat"
         stage.head.merge = "cls_avgN_proj"
         stage.head.merge_norm = "LN"
-        stage.init.fresh = (r"^(fc_norm|head|down|down_norm)/",)
+        stage.init.fresh = NEW_CAT_HEAD
     if data == "ucf101":
         stage.clip.sampling = "window"  # 16 frames, 4 apart
     return common.smoke(c) if words["smoke"] else c

@@ -41,7 +41,7 @@ def plan(
         source: path -> anything with `shape` and `dtype`.
         rename: 'pattern->replacement' on source paths: regular expressions, the first that is found counts.
         fresh: patterns of parameters that start fresh, whatever the source holds.
-        leftover: patterns of source paths that are not taken.
+        leftover: patterns of source paths that are not taken; those of them that are there.
         old_frames: frames of the clips that the source was made for; 0: as `old_grid` says.
         inflate: 'repeat' or 'centre': how a patch kernel is spread over a longer tubelet; '': not at all.
         label_map: which classes of the source's head are kept: 'first' as many as there are now, or the
@@ -94,7 +94,9 @@ def _row(path, leaf, source, have, transform, options) -> Row:
 def _renamed(source: Mapping[str, Any], rename, leftover, key) -> tuple[dict, dict]:
     """(new path -> source path, source path not taken -> its pattern)."""
     paths, left = list(source), {}
-    for pattern, hits in zip(leftover, optim.matching(leftover, paths, what=f"{key}.leftover")):
+    # One that matches nothing is no mistake: a path that it should have named is told as having no use.
+    hits_of = optim.matching(leftover, paths, what=f"{key}.leftover", none_ok=True)
+    for pattern, hits in zip(leftover, hits_of):
         left |= {path: pattern for path in sorted(hits) if path not in left}
     pairs = [_pair(text, key) for text in rename]
     optim.matching([pattern for pattern, _ in pairs], paths, what=f"{key}.rename")
