@@ -193,6 +193,22 @@ def test_separate_tables_are_interpolated_each_along_its_own_axis():
     assert moved >= set(wanted) and "position_cls" not in moved
 
 
+def test_one_table_for_every_frame_is_interpolated_in_space_alone():
+    """CLIP's, of [1 + h*w] rows: the number of frames, declared or not, is none of its business."""
+    rows = lambda side: np.random.default_rng(side).normal(size=(1 + side**2, 8)).astype("float32")
+    source, target = dict(position_embedding=rows(4)), dict(position_embedding=rows(6))
+    want = positions.interpolate(source["position_embedding"], old_times=1, grid=(1, 6, 6))
+    for told in (dict(old_grid=(8, 4, 4)), dict(old_grid=(2, 4, 4)), dict(old_frames=8), {}):
+        options = dict(grid=(8, 6, 6), key=KEY) | told
+        table = handover.plan(target, source, **options)
+        made = handover.apply(table, source.get, lambda: target)
+        assert np.array_equal(made["position_embedding"], want), told
+    same = handover.plan(target, target, grid=(8, 6, 6), old_grid=(4, 6, 6), key=KEY)
+    assert [row.transform for row in same.rows] == ["copy"]
+    with pytest.raises(UserError, match="16 rows of the source are none of its grid 1x5x5"):
+        handover.plan(target, source, grid=(8, 6, 6), old_grid=(8, 5, 5), key=KEY)
+
+
 def test_as_many_places_of_another_grid_are_not_copied():
     """4 slots of 4 x 4 are as many as 16 of 2 x 2: only the declared length tells them apart."""
     old, new = encoder(), encoder(frames=16, image_size=16)

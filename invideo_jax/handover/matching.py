@@ -61,7 +61,10 @@ class Match:
 
     def _positions(self, name: str, new: int, old: int) -> tuple[str, dict]:
         """A table of [rows, D] over the grid, or over one of its axes, with or without a first row of its own."""
-        flat = "image" in name or "spatial" in name
+        t, h, w = self.grid
+        # CLIP has one table for every frame, under the name that a table of whole clips has elsewhere.
+        one_frame = new - h * w in (0, 1) and new - t * h * w not in (0, 1)
+        flat = "image" in name or "spatial" in name or one_frame and "temporal" not in name
         spans = lambda t, h, w: (
             (1, h, w) if flat else (t, 1, 1) if "temporal" in name else (t, h, w)
         )
