@@ -119,8 +119,8 @@ def read(path: pathlib.Path) -> Any:
         if members[pickles[0]].file_size > MAX_PICKLE:
             raise ValueError(f"its data.pkl is larger than {MAX_PICKLE:,} bytes")
         order = members.get(root + "byteorder")
-        if order and archive.read(order) != b"little":
-            raise ValueError("it was written on a big-endian machine")
+        if order and (order.file_size > 16 or archive.read(order) != b"little"):
+            raise ValueError("it was not written on a little-endian machine")
         found = _unpickled(archive.read(pickles[0]))
         return _with_leaves(found, path, root, members)
     except _Refused as error:
