@@ -555,6 +555,7 @@ def test_no_good_video_at_all(model, tmp_path):
         ("--layer=-9", "--layer must be 'final'"),
         ("--checkpoint=nowhere", "--checkpoint must be the workdir"),
         ("--videos=nowhere", "must exist"),
+        ("--checkpoint=a={model};b={model}", "--checkpoint must name one workdir"),
         ("--batch_size=0", "--batch_size must be at least 1"),
         ("--window_frames=3", "in seconds or in frames"),
         ("--window_second=3", 'Did you mean "--window_seconds"'),
@@ -563,7 +564,7 @@ def test_no_good_video_at_all(model, tmp_path):
 def test_mistakes_are_told_without_a_traceback(change, message, model, videos, tmp_path, capsys):
     given = arguments(model, videos, tmp_path / "x.safetensors")
     with pytest.raises(SystemExit) as caught:
-        command.main([*given, change])
+        command.main([*given, change.format(model=model[0])])
     told = capsys.readouterr().err
     assert caught.value.code == 2 and message in told and "Traceback" not in told
     assert not (tmp_path / "x.safetensors").exists()

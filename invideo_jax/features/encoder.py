@@ -62,7 +62,9 @@ def open_encoder(
     """
     source = handover.open_source(checkpoint, ema=ema, key="--checkpoint")
     old, path = _module(source)
-    module = old.clone(frames=frames or old.frames, image_size=size or old.image_size, dtype=dtype)
+    module = imported.with_encoder(
+        old, frames=frames or old.frames, image_size=size or old.image_size, dtype=dtype
+    )
     module.check()
     prefix = f"{path}/" if path else ""
     shapes = {
@@ -99,6 +101,11 @@ def _module(source: handover.Source) -> tuple[nn.Module, str]:
     meta = source.meta
     if "arguments" in meta:
         return imported.encoder_of(imported.make(meta))
+    if "config" not in meta:  # parts of several models, 'PART=SPEC;PART=SPEC'
+        raise UserError(
+            "--checkpoint must name one workdir or one folder of imported weights; got parts of a "
+            f"model from {source.about['name']}. Give one of these."
+        )
     config = config_lib.from_saved(meta["config"])
     stages = {s.name: s for s in run.place_stages(config, meta["epoch_examples"])}
     program = programs.program(config, stages[meta["stage"]])
