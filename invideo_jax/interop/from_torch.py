@@ -96,9 +96,10 @@ def convert(
     state = {mapping.spelled(key, table): value for key, value in state.items()}
     notes = [*weights.notes, *stripped]
     given = _with_hf_config(given, weights.files[0], layout)
+    given, own = _with_own_config(given, weights.files[0], layout)
     state = _without(state, [*table.unused], "of no use here", notes, regular=True)
     state = _without(state, wanted.drop, "dropped", notes)
-    text = infer.model_text({key: x.shape for key, x in state.items()}, layout, given)
+    text = own or infer.model_text({key: x.shape for key, x in state.items()}, layout, given)
     model = models.make(text)
     models.check(model)
     expected = models.shapes(model)
@@ -242,6 +243,38 @@ def _with_hf_config(given: infer.Given, file: pathlib.Path, layout: str) -> infe
         image_size=given.image_size or found.get("image_size", 0),
         values=values | dict(given.values),
     )
+
+
+_OWN_CONFIG = ("heads", "pool_heads", "decoder_heads")  # what shapes do not tell
+
+
+def _with_own_config(
+    given: infer.Given, file: pathlib.Path, layout: str
+) -> tuple[infer.Given, dict[str, Any] | None]:
+    """What the config.json of a folder that `to_torch` wrote says, where the user says nothing.
+
+    Returns:
+        The user's words and what is known beside them; the whole model, where it is of this layout.
+    """
+    try:
+        config = json.loads(file.with_name("config.json").read_text())
+        text, of = {name: config[name] for name in ("model", "arguments")}, config["layout"]
+        model = models.make(text)
+        encoder = models.encoder_of(model)[0]
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return given, None  # none, or another program's
+    if of == layout and given == infer.Given():
+        return given, text
+    values = {
+        n: getattr(part, n) for part in (model, encoder) for n in _OWN_CONFIG if hasattr(part, n)
+    }
+    known = infer.Given(
+        given.frames or encoder.frames,
+        given.image_size or encoder.image_size,
+        given.size,
+        values | dict(given.values),
+    )
+    return known, None
 
 
 # ---- command line -----------------------------------------------------------------------------------

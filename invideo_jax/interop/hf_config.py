@@ -66,9 +66,7 @@ def _decoder_of(width: int) -> sizes.VideoMAESize:
 def processor(model: nn.Module) -> dict[str, Any]:
     """preprocessor_config.json of transformers' VideoMAEImageProcessor."""
     encoder, _ = models.encoder_of(model)
-    mean, std = (
-        [round(float(x), 8) for x in row] for row in pixels.constants(encoder.normalisation)
-    )
+    mean, std = map(list, pixels.NORMALISATION[encoder.normalisation])
     return dict(
         image_processor_type="VideoMAEImageProcessor",
         do_resize=True,

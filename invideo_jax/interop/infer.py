@@ -360,7 +360,57 @@ def _stage2(s: Shapes, given: Given) -> Text:
     return {"model": "stage2", "arguments": arguments}
 
 
+# ---- teachers -------------------------------------------------------------------------------------
+
+
+def _videomae_encoder(s: Shapes, given: Given) -> Text:
+    keys = dict(patch="patch_embed.proj.weight", block="blocks.", **_ORIGINAL)
+    return _mae_encoder(s, given, keys, "norm.weight" in s)
+
+
+def _internvl(s: Shapes, given: Given) -> Text:
+    return vision(s, given, frames=1)  # frames of a clip are examples of their own
+
+
+def _clip_visual(patch: str, tokens: str, block: str, up: str, projection: str):
+    def read(s: Shapes, given: Given) -> Text:
+        width, channels, *_, size = s[patch]
+        side = math.isqrt(s[tokens][0] - 1)
+        out = s.get(projection, (0, 0))  # a bare matrix turns one way, a Linear the other
+        arguments = dict(
+            width=width,
+            depth=depth_of(s, block),
+            heads=given.values.get(
+                "heads", width // 64 or 1
+            ),  # all published ones have 64 channels
+            mlp_width=s[f"{block}0.{up}.weight"][0],
+            embed=out[1] if projection == "proj" else out[0],
+            patch=size,
+            frames=given.frames or 8,
+            image_size=side * size,
+            channels=channels,
+            joint="temporal_positional_embedding" in s,
+            normalisation="clip",
+            activation="gelu_quick",
+        )
+        return {"model": "clip_vit", "arguments": arguments}
+
+    return read
+
+
 READERS: dict[str, Callable[[Shapes, Given], Text]] = {
+    "internvl_vision": _internvl,
+    "videomae_encoder": _videomae_encoder,
+    "clip_visual": _clip_visual(
+        "conv1.weight", "positional_embedding", "transformer.resblocks.", "mlp.c_fc", "proj"
+    ),
+    "clip_visual_hf": _clip_visual(
+        "embeddings.patch_embedding.weight",
+        "embeddings.position_embedding.weight",
+        "encoder.layers.",
+        "mlp.fc1",
+        "visual_projection.weight",
+    ),
     "videomae": _video_mae(
         "encoder.patch_embed.proj.weight",
         "encoder.blocks.",

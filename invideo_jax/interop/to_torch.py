@@ -92,8 +92,8 @@ def export(
         state = {key: cast(x, np.dtype(dtype)) for key, x in state.items()}
     text = dict(models.describe(model), layout=layout)
     encoder, _ = models.encoder_of(model)
-    mean, std = (x.tolist() for x in pixels.constants(encoder.normalisation))
-    config = dict(text, mean=[round(x, 8) for x in mean], std=[round(x, 8) for x in std])
+    mean, std = map(list, pixels.NORMALISATION[encoder.normalisation])
+    config = dict(text, mean=mean, std=std)
     if layout.startswith("videomae_hf"):
         config = hf_config.config(model, layout)
     output.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ class Patches(nn.Module):
         self.proj = nn.Conv3d(a["channels"], a["width"], cube, stride=cube)
 
     def forward(self, video):
-        return self.proj(video).flatten(2).transpose(1, 2)
+        return self.proj(video.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):
@@ -534,7 +534,8 @@ def main(argv):
     """`python model.py onnx FILE`: the model of this file's folder as ONNX, with any batch size."""
     if len(argv) != 2 or argv[0] != "onnx":
         sys.exit("usage: python model.py onnx FILE")
-    export_onnx(load(pathlib.Path(__file__).parent), argv[1])
+    # In float32, whatever the weights are in: onnxruntime has no bfloat16 convolution on a CPU.
+    export_onnx(load(pathlib.Path(__file__).parent, dtype=torch.float32), argv[1])
 
 
 class _Outputs(nn.Module):

@@ -53,7 +53,8 @@ LAYOUTS: dict[str, Layout] = {
             *patches("patch_embed.proj", "patch_embed"),
             *_vision_blocks(),
             *_pool(),
-        )
+        ),
+        unused=(r"^transformer\.", r"^text_projection$", r"^logit_scale$"),  # its language model
     ),
     # VideoMAE V2 (vit_g_hybrid_1200e_pre.pth), of which only the encoder teaches.
     "videomae_encoder": Layout(
