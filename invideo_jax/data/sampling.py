@@ -6,7 +6,7 @@ and `permutation` of it are called, and the order of the draws is the one of the
 that its draws can be replayed.
 
 Source: the loaders of VideoMAE (dense, segments), InternVideo2 single_modality (segments_inclusive,
-window) and InternVideo2 multi_modality (rand, middle).
+window, tsn_padded) and InternVideo2 multi_modality (rand, middle).
 """
 
 import numpy as np
@@ -122,6 +122,28 @@ def tsn_view(n: int, frames: int, view: int) -> np.ndarray:
     tick = n / frames
     both = sorted([*tsn_middle(n, frames), *(int(tick * k) for k in range(frames))])
     return np.array(both[view::2], np.int64)
+
+
+def tsn_padded(n: int, frames: int, rng) -> np.ndarray:
+    """As `tsn_segments`, but with fewer than T frames the first fills the clip up, and then all follow.
+
+    The published rule of InternVideo2 for Something-Something and HMDB51.
+    """
+    _check(n, frames)
+    if n < frames:
+        return np.concatenate([np.zeros(frames - n, np.int64), np.arange(n)])
+    return tsn_segments(n, frames, rng)
+
+
+def tsn_padded_view(n: int, frames: int, view: int, views: int) -> np.ndarray:
+    """Test clip `view` of `views` for `tsn_padded`: each of T equal parts is cut in `views`, whose starts are taken.
+
+    Frame k is int(view * n / (T * views) + k * n / T).
+    """
+    _check(n, frames, views=views)
+    _check_view(view, views)
+    tick = n / frames
+    return np.array([int(view * tick / views + tick * k) for k in range(frames)], np.int64)
 
 
 def segments_inclusive(n: int, frames: int, rng) -> np.ndarray:

@@ -14,7 +14,16 @@ from invideo_jax.data.decode import Limits, VideoReader, View
 from invideo_jax.data.scaling import INTERPOLATIONS
 from invideo_jax.registry import nearest
 
-SAMPLINGS = ("dense", "window", "segments", "segments_inclusive", "tsn", "rand", "middle")
+SAMPLINGS = (
+    "dense",
+    "window",
+    "segments",
+    "segments_inclusive",
+    "tsn",
+    "tsn_padded",
+    "rand",
+    "middle",
+)
 CROPS = ("multi_scale", "random_resized", "center", "three_crop", "resize")
 Box = tuple[int, int, int, int]
 
@@ -28,7 +37,7 @@ class ClipSpec:
         size: height and width S of the clip.
         sampling: the rule for the frames, see `invideo_jax.data.sampling`: 'dense' (pretraining),
             'window' (dense fine-tuning), 'segments', 'segments_inclusive' (sparse fine-tuning),
-            'tsn', 'rand' and 'middle' (multi-modal).
+            'tsn', 'tsn_padded', 'rand' and 'middle' (multi-modal).
         stride: distance of frames, for 'dense' and 'window'.
         fps: only for 'dense': rate that the video is seen at, by the times of its frames; 0 counts
             frames.
@@ -250,12 +259,14 @@ def pick_frames(spec: ClipSpec, times: np.ndarray, rng: np.random.Generator) -> 
     if random is not None:
         if spec.sampling == "dense":
             return sampling.dense(n, t, stride, rng)
-        rule = {"segments_inclusive": "segments_inclusive", "tsn": "tsn_segments", "rand": "rand"}
-        return getattr(sampling, rule[spec.sampling])(n, t, rng)
+        rule = "tsn_segments" if spec.sampling == "tsn" else spec.sampling
+        return getattr(sampling, rule)(n, t, rng)
     if spec.sampling == "tsn":
         return sampling.tsn_middle(n, t) if views == 1 else sampling.tsn_view(n, t, view)
     if spec.sampling == "segments_inclusive":
         return sampling.segments_inclusive_view(n, t, view, views)
+    if spec.sampling == "tsn_padded":
+        return sampling.tsn_padded_view(n, t, view, views)
     return sampling.dense_view(n, t, stride, view, views)
 
 

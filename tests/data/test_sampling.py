@@ -88,6 +88,31 @@ def test_tsn_views():
     assert sampling.tsn_view(8, 4, 1).tolist() == [1, 3, 5, 7]
 
 
+def test_tsn_padded_begins_with_copies_of_the_first_frame():
+    assert sampling.tsn_padded(17, 4, Fixed([3, 0, 1, 2])).tolist() == [3, 4, 9, 14]
+    assert sampling.tsn_padded(3, 5, Fixed()).tolist() == [0, 0, 0, 1, 2]
+    assert sampling.tsn_padded(5, 5, Fixed([0] * 5)).tolist() == [0, 1, 2, 3, 4]
+    assert sampling.tsn_padded_view(20, 4, 0, 1).tolist() == [0, 5, 10, 15]
+    assert sampling.tsn_padded_view(20, 4, 1, 2).tolist() == [2, 7, 12, 17]
+    assert sampling.tsn_padded_view(20, 4, 3, 4).tolist() == [3, 8, 13, 18]
+    with pytest.raises(ValueError, match=r"view must be in \[0, 5\); got view=5"):
+        sampling.tsn_padded_view(20, 4, 5, 5)
+
+
+@pytest.mark.parametrize("views", [1, 2, 4, 5])
+@pytest.mark.parametrize("frames", [8, 16])
+def test_tsn_padded_views_equal_a_plain_loop(views, frames):
+    """All frames of all views are put in order, and each view takes every `views`-th of them, as published."""
+    for n in range(1, 90):
+        tick, every = n / float(frames), []
+        for s in range(views):
+            for k in range(frames):
+                every.append(int(s * tick / views + tick * k))
+        every.sort()
+        for view in range(views):
+            assert sampling.tsn_padded_view(n, frames, view, views).tolist() == every[view::views]
+
+
 def test_by_time_of_a_constant_rate_is_strided():
     times = np.arange(100) / 30
     got = sampling.by_time(times, 8, 10.0, 1, Fixed(0))
@@ -126,6 +151,8 @@ RULES = {
     "segments_middle": lambda n, t, s, rng: sampling.segments(n, t),
     "tsn": lambda n, t, s, rng: sampling.tsn_segments(n, t, rng),
     "tsn_view": lambda n, t, s, rng: sampling.tsn_view(n, t, 1),
+    "tsn_padded": lambda n, t, s, rng: sampling.tsn_padded(n, t, rng),
+    "tsn_padded_view": lambda n, t, s, rng: sampling.tsn_padded_view(n, t, 2, 5),
     "inclusive": lambda n, t, s, rng: sampling.segments_inclusive(n, t, rng),
     "inclusive_view": lambda n, t, s, rng: sampling.segments_inclusive_view(n, t, 1, 3),
     "rand": lambda n, t, s, rng: sampling.rand(n, t, rng),

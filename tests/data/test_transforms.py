@@ -50,6 +50,8 @@ def spec_of(**changes) -> ClipSpec:
         },
         {"sampling": "rand", "crop": "resize", "interpolation": "bicubic"},
         {"sampling": "tsn", "crop": "three_crop", "crop_index": 2, "views": 2, "view": 1},
+        {"sampling": "tsn_padded", "views": 5, "view": 4},
+        {"sampling": "tsn_padded"},
         {"fps": 10.0, "stride": 1},
     ],
 )
