@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from invideo_jax import masking
 from invideo_jax.errors import UserError
 from invideo_jax.models import pixels, positions, sizes
 from invideo_jax.models.checks import check_multiple
@@ -147,14 +146,7 @@ class VideoEncoder(nn.Module):
         image = self.is_image(video)
         if video.shape[1] < self.tubelet:
             video = jnp.repeat(video, self.tubelet, axis=1)
-        x = pixels.patchify(video, tubelet=self.tubelet, patch=self.patch)
-        if visible is not None:
-            # The raw cubes are gathered: hidden pixels are not even projected.
-            x = masking.gather(x, visible)
-        if x.dtype == jnp.uint8:
-            x = x.reshape(*x.shape[:2], -1, self.channels)
-            x = pixels.normalise(x, self.normalisation, self.dtype).reshape(*x.shape[:2], -1)
-        x = self.patch_embed(x)
+        x = self.patch_embed(pixels.visible_cubes(video, visible, self))
         cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)
         x = x + table_rows(self.tables, self, visible, image=image).astype(x.dtype)
