@@ -18,6 +18,7 @@ from invideo_jax.models.video_encoder import VideoEncoder
 from invideo_jax.steps import aligned
 from invideo_jax.steps.update import update
 from tests.golden import Outcome, Tensors
+from tests.originals import complete
 
 _ENCODER = {  # theirs -> ours
     "in_chans": "channels",
@@ -54,7 +55,10 @@ _NORMS = {"l2": True, "none": False}
 
 
 def encoder_of(config: Mapping[str, Any], activation: str, own: Sequence[str] = ()) -> VideoEncoder:
-    """The encoder of the original's constructor arguments; `own` are those that are read elsewhere.
+    """The encoder of the original's constructor arguments, of which none may be left out here.
+
+    Args:
+        own: arguments that are read elsewhere.
 
     Raises:
         ValueError: an argument that nothing here knows.
@@ -67,7 +71,6 @@ def encoder_of(config: Mapping[str, Any], activation: str, own: Sequence[str] = 
     separate = lambda name, other: "separate" if config.get(name) else other
     return VideoEncoder(
         **ours,
-        # Where the original has no argument for it the file says it: its classes' defaults differ.
         mlp_width=int(ours["width"] * config["mlp_ratio"]),
         layer_scale_float32=not config.get("layerscale_no_force_fp32", False),
         positions=separate("sep_pos_embed", "joint"),
@@ -83,18 +86,18 @@ def _blocks(depth: int, count: int, interval: float, index: Sequence[int] | None
 
 
 def student_of(config: Mapping[str, Any], activation: str) -> AlignedEncoder:
-    """The student (stage 1, distillation, stage 2) of the original's constructor arguments."""
+    """The student (stage 1, distillation, stage 2) of the original's complete constructor arguments."""
     encoder = encoder_of(config, activation, _HEADS)
     get = config.get
     decoders = {"Linear_Decoder": False, "MLP_Decoder": True}
     mlp = decoders[get("clip_student_decoder", "Linear_Decoder")]
     unit = _NORMS[get("clip_norm_type", "l2")]
     clip = final = mae = None
-    if count := get("clip_return_layer", 1):
+    if count := config["clip_return_layer"]:
         interval, index = get("clip_student_return_interval", 1), get("clip_student_return_index")
         blocks = _blocks(encoder.depth, count, interval, index)
-        clip = HeadsSpec(blocks, get("clip_teacher_embed_dim", 3200), mlp, unit)
-    if width := get("clip_teacher_final_dim", 768):
+        clip = HeadsSpec(blocks, config["clip_teacher_embed_dim"], mlp, unit)
+    if width := config["clip_teacher_final_dim"]:
         final = FinalSpec(width, mlp, unit)
     if get("mae_teacher_embed_dim", 0) and (count := get("mae_return_layer", 1)):
         blocks = _blocks(encoder.depth, count, get("mae_student_return_interval", 1), None)
@@ -146,8 +149,7 @@ def _unit_names(model: AlignedEncoder) -> set[str]:
 def _trace(model: AlignedEncoder, params, video, visible, wanted: Sequence[str]) -> Tensors:
     """Inner activations; branches before their factor are read off one block at a time."""
     encoder = model.encoder
-    deepest = [int(m.group(1)) for n in wanted if (m := re.match(r"trace/block(\d+)", n))]
-    if not deepest:
+    if not any(name.startswith("trace/") for name in wanted):
         return {}
     made = model.apply({"params": params}, video, visible, features=range(encoder.depth))
     embed = lambda m, x: m.encoder.patch_embed(
@@ -219,7 +221,9 @@ def _train(meta, model: AlignedEncoder, params, batch, back) -> Tensors:
         found[f"adamw/loss_step{i}"] = metrics["loss"].value
         found[f"adamw/gradnorm_step{i}"] = metrics["grad_norm"]
     found[f"adamw/loss_after{said['steps']}"] = objective(now.params, batch)[0].value
-    after = back(now.params)
+    # PyTorch's optimiser leaves parameters alone that got no gradient; ours decays their weights.
+    before, untouched = back(params), meta.get("params_without_grad", ())
+    after = back(now.params) | {k: before[k] for k in untouched}
     return found | {f"adamw_after{said['steps']}/{k}": v for k, v in after.items()}
 
 
@@ -271,20 +275,25 @@ def _value(objective):
 
 def run_student(meta, state_dict: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome:
     """Outputs for both kinds of GELU, inner activations, losses, gradients and two train steps."""
+    # Of the classes with these outputs one has a second teacher.
+    second = any(key.startswith("mae_") for key in state_dict)
+    config = complete("pretraining" if second else "distillation", meta["config"])
+    config |= {} if second else {"mae_teacher_embed_dim": 0}
     video, visible = frames_last(inputs["video"]), visible_of(inputs["mask"])
     made, unit = {}, set()
     for group, activation in ACTIVATIONS.items():
-        model = student_of(meta["config"], activation)
+        model = student_of(config, activation)
         params, back = load(model, model.encoder, state_dict, "internvideo2")
         out = _outputs(jax.jit(model.apply)({"params": params}, video, visible), model)
         made |= {f"{group}/{k}": v for k, v in out.items()}
         unit |= {f"{group}/{k}" for k in _unit_names(model)}
     # Everything else was made with the exact GELU.
-    model = student_of(meta["config"], ACTIVATIONS["out"])
+    model = student_of(config, ACTIVATIONS["out"])
     made |= _trace(model, params, video, visible, wanted)
     if "teacher_full/clip_middle" in inputs:
         made |= _learning(meta, model, params, back, inputs)
-    given = {n for n in wanted if n.startswith(("teacher_", "engine/attn", "engine/mask"))}
+    inputs_of_losses = ("teacher_full/", "engine/attn", "engine/mask")
+    given = {n for n in wanted if n.startswith(inputs_of_losses)}
     bounds, notes = _after_training(made, inputs)
     return Outcome(
         made,
@@ -317,14 +326,14 @@ def _after_training(made: Tensors, inputs: Tensors):
 
 def run_teacher(meta, state_dict: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome:
     """The teacher of distillation: features of blocks, the pooled one, what the pool looks at."""
-    config, made = meta["config"], {}
+    config, made = complete("teacher", meta["config"]), {}
     for group, activation in ACTIVATIONS.items():
         encoder = encoder_of(config, activation, _TEACHER)
-        count, interval = config.get("clip_return_layer", 1), config.get("clip_return_interval", 1)
+        count, interval = config["clip_return_layer"], config["clip_return_interval"]
         index = config.get("clip_return_index")
         blocks = tuple(sorted(index)) if index else None
         blocks = blocks or alignment.last_blocks(encoder.depth, count, interval)
-        unit = _NORMS[config.get("clip_norm_type", "l2")]
+        unit = _NORMS[config["clip_norm_type"]]
         params, back = load(encoder, encoder, state_dict, "internvideo2_encoder")
         teacher = teachers.VideoTeacher(encoder, blocks, unit)
         out = jax.jit(teacher)(params, frames_last(inputs["video"]))
@@ -344,7 +353,7 @@ def run_clip(meta, state_dict: Tensors, inputs: Tensors, wanted: Sequence[str]) 
     merged |= {f"vision_align.{k}": v for k, v in extra.items()}
     made = {}
     for group, activation in ACTIVATIONS.items():
-        encoder = encoder_of(meta["config"], activation)
+        encoder = encoder_of(complete("clip", meta["config"]), activation)
         model = ProjectedEncoder(encoder, extra["1.weight"].shape[0])
         params, back = load(model, encoder, merged, "internvideo2_clip_vision")
         for kind in ("video", "image"):
@@ -371,20 +380,24 @@ def run_clip(meta, state_dict: Tensors, inputs: Tensors, wanted: Sequence[str]) 
     return Outcome(made, back_state)
 
 
-def _config(meta: Mapping[str, Any]) -> Mapping[str, Any]:
-    return meta.get("config", {}) if "clip_embed_dim" in meta.get("config", {}) else {}
+def of_frames(tensors: Tensors) -> bool:
+    """Whether the positions of a file's state are those of one frame of its clips."""
+    table, video = tensors.get("state/pos_embed"), tensors.get("in/video")
+    if table is None or video is None or video.ndim != 5:
+        return False
+    patch = tensors["state/patch_embed.proj.weight"].shape[-1]
+    one = (video.shape[3] // patch) * (video.shape[4] // patch)
+    return video.shape[2] > 1 and table.shape[1] == 1 + one
 
 
-def _is_student(meta: Mapping[str, Any], tensors: Tensors) -> bool:
-    return "num_frames" in _config(meta) and "out/x_clip_align" in tensors
+def _is(output: str):
+    """Claims files of InternVideo2 with this output."""
+    pool = "state/clip_projector.norm1_q.weight"
+    return lambda meta, tensors: output in tensors and pool in tensors
 
 
-def _is_teacher(meta: Mapping[str, Any], tensors: Tensors) -> bool:
-    return "num_frames" in _config(meta) and "out/z" in tensors
-
-
-def _is_clip(meta: Mapping[str, Any], tensors: Tensors) -> bool:
-    return "num_frames" in _config(meta) and "out/video_feat" in tensors
-
-
-FAMILIES = [(_is_student, run_student), (_is_teacher, run_teacher), (_is_clip, run_clip)]
+FAMILIES = [
+    (_is("out/x_clip_align"), run_student),
+    (lambda meta, tensors: _is("out/z")(meta, tensors) and not of_frames(tensors), run_teacher),
+    (_is("out/video_feat"), run_clip),
+]

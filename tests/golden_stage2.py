@@ -22,6 +22,7 @@ from tests.golden_internvideo2 import (
     student_of,
     visible_of,
 )
+from tests.originals import complete
 
 # ------------------------------------------------------------------------------- the vision tower
 
@@ -50,9 +51,10 @@ def uta(made: Mapping[str, jax.Array], middle: np.ndarray, final: np.ndarray) ->
 def run_vision(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome:
     """Outputs on videos and images, masked and not, for both kinds of GELU; the loss and its gradient."""
     cases = {n: m for n in wanted if (m := _CASE.fullmatch(n))}
+    config = complete("stage2", meta["config"])
     tensors, unit, back = {}, set(), None
     for group, activation in ACTIVATIONS.items():
-        model = student_of(meta["config"], activation)
+        model = student_of(config, activation)
         params, back = load(model, model.encoder, state, "internvideo2")
         run = jax.jit(functools.partial(model.apply, features=range(model.encoder.depth)))
         kinds = {(m["kind"], m["mask"]) for m in cases.values() if m["group"] == group}
@@ -68,7 +70,7 @@ def run_vision(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> 
             specs = [("x_clip_align", model.clip), ("x_align", model.final)]
             unit |= {f"{start}/{n}" for n, spec in specs if spec and spec.normalise}
     if "uta_target_middle" in inputs:
-        model = student_of(meta["config"], ACTIVATIONS["out"])
+        model = student_of(config, ACTIVATIONS["out"])
         seen, video = visible_of(inputs["video_mask"]), frames_last(inputs["video"])
         targets = inputs["uta_target_middle"], inputs["uta_target_final"]
         value = lambda p: uta(model.apply({"params": p}, video, seen), *targets)
@@ -180,7 +182,9 @@ def _alignments(inputs: Tensors, wanted: Sequence[str]) -> Tensors:
                 jnp.asarray(inputs[f"uta/{n}_{part}"]) for n in ("student", "teacher")
             ]
             valid = jnp.ones(len(side("final")[0]))
-            middle = losses.cosine_distance(*(x.swapaxes(0, 1) for x in side("middle")), valid).value
+            middle = losses.cosine_distance(
+                *(x.swapaxes(0, 1) for x in side("middle")), valid
+            ).value
             final = losses.cosine_distance(*side("final"), valid).value
             ratios = (float(m[1]), float(m[2])) if m[1] else (1.0, 0.0)
             value = ratios[0] * middle + ratios[1] * final

@@ -25,6 +25,7 @@ from invideo_jax.models.text_encoder import Bert
 from tests.golden import BOUND, Outcome, Tensors, difference
 from tests.golden_internvideo2 import student_of, visible_of
 from tests.golden_stage2 import masked_words, published, uta
+from tests.originals import complete
 
 LAYOUT = "internvideo2_stage2"
 _VISION, _TEXT = "vision_encoder.", "text_encoder.bert."
@@ -166,7 +167,8 @@ def model_of(
     """
     width = state[f"{_VISION}cls_token"].shape[-1]
     vision, text, weights = _arguments(config, width)
-    tower = student_of(_vision_of(state, vision, frames, side), activation)
+    config = complete("stage2", _vision_of(state, vision, frames, side))
+    tower = student_of(config, activation)
     shared = state["vision_proj.weight"].shape[0]
     return stage2.Stage2(tower, _text_of(state, text), shared), weights
 

@@ -1,5 +1,6 @@
 """Teachers of stage 1 for `tests.golden`: InternVL's vision tower over frames, and VideoMAE V2's encoder."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from invideo_jax.models import alignment, positions, teachers
 from invideo_jax.models.video_encoder import VideoEncoder
 from invideo_jax.models.video_mae import VideoMAEEncoder
 from tests.golden import Outcome, Tensors
+from tests.golden_internvideo2 import of_frames
+from tests.originals import complete
 
 _VISION = {  # theirs -> ours
     "in_chans": "channels",
@@ -70,22 +73,31 @@ def internvl_teacher(config: Mapping[str, Any], frames: int, activation: str):
     """The teacher of the original's constructor arguments."""
     own = "mlp_ratio layerscale_no_force_fp32 clip_norm_type return_attn".split()
     own += ["clip_return_layer", "clip_return_interval"]
+    config = complete("internvl", config)
     ours = _translate(config, _VISION, own)
     ours["layer_scale"] = ours.get("layer_scale") or 0.0
     encoder = VideoEncoder(
         **ours,
         frames=1,
         tubelet=1,
-        mlp_width=int(ours["width"] * config.get("mlp_ratio", 4)),
+        mlp_width=int(ours["width"] * config["mlp_ratio"]),
         layer_scale_float32=not config.get("layerscale_no_force_fp32", False),
         activation=activation,
     )
     layers = alignment.last_blocks(
-        encoder.depth, config.get("clip_return_layer", 1), config.get("clip_return_interval", 1)
+        encoder.depth, config["clip_return_layer"], config["clip_return_interval"]
     )
     return teachers.ImageTeacher(
         encoder, layers, _normalised(config, "clip_norm_type"), frames=frames
     )
+
+
+def _of_video(teacher: teachers.ImageTeacher, params, video: jax.Array) -> dict[str, jax.Array]:
+    """Features as the original gives them: it joins the frames of a clip only where it normalises."""
+    if teacher.normalise:
+        return teacher(params, video)
+    alone = teachers.VideoTeacher(teacher.encoder, teacher.layers, False)
+    return alone(params, video.reshape(-1, 1, *video.shape[2:]))
 
 
 def run_internvl(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outcome:
@@ -95,7 +107,7 @@ def run_internvl(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -
     for group, activation in (("out", "gelu"), ("out_tanh_gelu", "gelu_tanh")):
         teacher = internvl_teacher(meta["config"], video.shape[1], activation)
         params, back = _load(teacher, state, "internvl_vision")
-        made = jax.jit(teacher)(params, video)
+        made = jax.jit(functools.partial(_of_video, teacher))(params, video)
         frames = teacher.encoder.grid[1] * teacher.encoder.grid[2]
         tensors |= {
             f"{group}/z": made["middle"].swapaxes(0, 1),
@@ -109,18 +121,18 @@ def run_internvl(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -
 def video_mae_teacher(config: Mapping[str, Any], frames: int, *, faithful: bool):
     """The teacher of the original's constructor arguments."""
     own = "mlp_ratio mae_norm_type mae_return_layer mae_return_interval".split()
-    ours = {"frames": frames, "patch": 16, "tubelet": 2} | _translate(config, _MAE, own)
+    config = complete("mae_teacher", config)
+    ours = _translate(config, _MAE, own)
     if ours["frames"] != frames:
         raise ValueError(f"all_frames={ours['frames']} must be the clip's frames, {frames}")
     ours["layer_scale"] = ours.get("layer_scale") or 0.0
-    ours.setdefault("qkv_bias", False)
     encoder = VideoMAEEncoder(
         **ours,
-        mlp_width=int(ours["width"] * config.get("mlp_ratio", 4)),
+        mlp_width=int(ours["width"] * config["mlp_ratio"]),
         **dict(attend=teachers.exchanged) if faithful else {},
     )
     layers = alignment.last_blocks(
-        encoder.depth, config.get("mae_return_layer", 1), config.get("mae_return_interval", 1)
+        encoder.depth, config["mae_return_layer"], config["mae_return_interval"]
     )
     return teachers.VideoMAETeacher(encoder, layers, _normalised(config, "mae_norm_type"))
 
@@ -142,13 +154,11 @@ def run_video_mae(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) 
 
 
 def _is_internvl(meta: Mapping[str, Any], tensors: Tensors) -> bool:
-    config = meta.get("config", {})
-    return "clip_return_layer" in config and "num_frames" not in config and "out/attn" in tensors
+    return "out/z" in tensors and of_frames(tensors)
 
 
 def _is_video_mae(meta: Mapping[str, Any], tensors: Tensors) -> bool:
-    config = meta.get("config", {})
-    return "mae_return_layer" in config and "clip_embed_dim" not in config
+    return any(name.startswith("out/z_") for name in tensors)
 
 
 FAMILIES = [(_is_internvl, run_internvl), (_is_video_mae, run_video_mae)]

@@ -13,6 +13,7 @@ from invideo_jax.interop.from_torch import to_params
 from invideo_jax.interop.to_torch import to_state_dict
 from invideo_jax.models import pixels, positions, video_mae
 from invideo_jax.steps import masked
+from tests import originals
 from tests.golden import Outcome, Tensors
 
 _ORIGINAL = {  # theirs -> ours
@@ -44,6 +45,7 @@ _HF = {
     "intermediate_size": "mlp_width",
     "layer_norm_eps": "eps",
     "qv_bias": "qkv_bias",
+    "qkv_bias": "qkv_bias",  # its name in transformers 4
     "decoder_num_attention_heads": "decoder_heads",
     "decoder_hidden_size": "decoder_width",
     "decoder_num_hidden_layers": "decoder_depth",
@@ -71,7 +73,7 @@ def _translate(config: Mapping[str, Any], table: Mapping[str, str], fixed: Mappi
 
 def original_model(meta: Mapping[str, Any], frames: int) -> video_mae.VideoMAE:
     """The model of MCG-NJU's constructor arguments; its class has 16 frames, the input says ours."""
-    config = meta["config"]
+    config = originals.complete("mae_pretraining", meta["config"])
     none = (0, 0.0, False, None)
     fixed = dict(
         encoder_num_classes=none,
@@ -86,8 +88,7 @@ def original_model(meta: Mapping[str, Any], frames: int) -> video_mae.VideoMAE:
     )
     ours = {"frames": frames} | _translate(config, _ORIGINAL, fixed)
     ours["layer_scale"] = ours.get("layer_scale") or 0.0
-    ours.setdefault("qkv_bias", False)
-    ratio = config.get("mlp_ratio", 4.0)
+    ratio = config["mlp_ratio"]
     said = re.search(r"eps\s+([0-9.]+e-?[0-9]+)", meta.get("what", ""))
     eps = float(said.group(1)) if said else 1e-6
     return video_mae.make(
@@ -110,7 +111,7 @@ def hf_model(config: Mapping[str, Any], *, decoder_eps: float = 1e-5) -> video_m
         attention_probs_dropout_prob=none,
         initializer_range=...,
     )
-    ours = _translate(config, _HF, fixed)
+    ours = _translate(originals.HF | dict(config), _HF, fixed)
     return video_mae.make(
         **ours,
         activation=_HF_ACTIVATIONS[config.get("hidden_act", "gelu")],
@@ -202,6 +203,11 @@ def run_hf(meta, state: Tensors, inputs: Tensors, wanted: Sequence[str]) -> Outc
 
 
 FAMILIES = [
-    (lambda meta, tensors: "encoder_embed_dim" in meta.get("config", {}), run_original),
+    (
+        lambda meta, tensors: (
+            "state/encoder_to_decoder.weight" in tensors and "state/encoder.norm.weight" in tensors
+        ),
+        run_original,
+    ),
     (lambda meta, tensors: "decoder_hidden_size" in meta.get("config", {}), run_hf),
 ]
