@@ -133,6 +133,7 @@ def _hf(folder: pathlib.Path, video: np.ndarray, found: Mapping[str, Any]) -> di
     pixels = torch.from_numpy(np.ascontiguousarray(video.transpose(0, 2, 1, 3, 4)))
     classes = found["layout"].endswith("classification")
     kind = "VideoMAEForVideoClassification" if classes else "VideoMAEForPreTraining"
+    transformers.utils.logging.disable_progress_bar()
     model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         tokens = model.videomae(pixels).last_hidden_state
@@ -158,7 +159,9 @@ def verify(folder: str | pathlib.Path, log: Callable[[str], Any] = print) -> boo
         found = json.loads((folder / TEXT).read_text())
         files, bound = dict(found["files"]), float(found["bound"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} must hold a {TEXT} that can be read: {error}.") from error
+        raise UserError(
+            f"{folder} must hold a {TEXT} that can be read: {error}. Give a folder that to_torch wrote."
+        ) from error
     for name, digest in files.items():
         if pathlib.Path(name).name != name or not (folder / name).is_file():
             log(f"FAIL {name}: the certificate names it, it is not there")

@@ -344,7 +344,7 @@ def _rows(first: int | None, label_map: str | None) -> list[int] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0."""
-    with command_line.errors_for_people():
+    with command_line.errors_for_people(OSError):
         arguments, values = _arguments(sys.argv[1:] if argv is None else argv)
         output = pathlib.Path(arguments.output)
         if folder.is_folder(output):

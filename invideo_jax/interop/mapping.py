@@ -221,13 +221,22 @@ def to_state(
         UserError: a parameter that the layout has no key for.
     """
     table, flat = names.get(layout), {path: leaf(value) for path, value in params.items()}
-    rows = [row for row in table.rows if not row.optional or row.ours[0] in flat]
-    named = {path for row in rows for path in row.ours}
+    named = _named(table, flat)
     if named != set(flat):
         odd = ", ".join(sorted(named ^ set(flat))[:5])
-        raise UserError(f"Layout {layout!r} and the parameters must match; they differ in {odd}.")
+        fitting = [n for n, other in names.LAYOUTS.items() if _named(other, flat) == set(flat)]
+        raise UserError(
+            f"Layout {layout!r} and the parameters must match; they differ in {odd}. Layouts of this "
+            f"model: {', '.join(sorted(fitting)) or 'none'}."
+        )
     shapes = {path: value.shape for path, value in flat.items()}
     return {key: _one(row, block, flat, cube) for row, key, block in keys_of(table, shapes)}
+
+
+def _named(table: names.Layout, flat: Mapping[str, Leaf]) -> set[str]:
+    """The parameters that a layout has keys for, of optional ones those that are there."""
+    rows = [row for row in table.rows if not row.optional or row.ours[0] in flat]
+    return {path for row in rows for path in row.ours}
 
 
 def _one(row: names.Row, block: int | None, flat: Mapping[str, Leaf], cube) -> Leaf:

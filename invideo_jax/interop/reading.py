@@ -52,6 +52,8 @@ def open_weights(path: str | pathlib.Path, *, entry: str = "") -> Weights:
     if path.name.endswith(".index.json"):
         return _sharded(path, entry)
     state, notes = _file(path, entry)
+    if entry and not notes:
+        raise UserError(f"--entry belongs to files of torch.save; {path} is none. Leave it out.")
     return Weights(state, (path,), tuple(notes))
 
 

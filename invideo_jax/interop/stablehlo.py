@@ -91,7 +91,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0."""
-    with command_line.errors_for_people():
+    with command_line.errors_for_people(OSError):
         arguments = _arguments(sys.argv[1:] if argv is None else argv)
         platforms = [x.strip() for x in arguments.platforms.split(",") if x.strip()]
         if not platforms or set(platforms) - set(PLATFORMS):
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--platforms must name some of {', '.join(PLATFORMS)}; got {arguments.platforms}."
             )
         params, meta = to_torch.open_workdir(
-            arguments.checkpoint, ema=arguments.ema, step=arguments.step
+            arguments.checkpoint, ema=arguments.ema, step=arguments.step, key="--checkpoint"
         )
         model = models.make(meta)
         program = serialise(model, params, platforms=platforms, dtype=arguments.dtype)

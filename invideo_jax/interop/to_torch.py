@@ -80,8 +80,8 @@ def export(
         UserError: the layout is not one of this model's, or the folder is not empty.
     """
     output = pathlib.Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"The folder to write must be empty; got {output}. Give another.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"The folder to write must be new or empty; got {output}. Give another.")
     model, params = models.make(meta), {path: leaf(x) for path, x in params.items()}
     shapes = models.shapes(model)
     mapping.check_paths(set(params), set(shapes), layout)
@@ -113,9 +113,18 @@ def export(
 
 
 def open_workdir(
-    workdir: str | pathlib.Path, *, ema: bool = False, step: int | None = None
+    workdir: str | pathlib.Path,
+    *,
+    ema: bool = False,
+    step: int | None = None,
+    key: str = "--workdir",
 ) -> tuple[dict[str, Leaf], dict[str, Any]]:
     """Parameters of a run's newest good checkpoint, or of a folder that from_torch wrote.
+
+    Args:
+        ema: the moving average.
+        step: None for the newest.
+        key: flag that messages name.
 
     Returns:
         Path -> leaf; 'model', 'arguments', and where they come from.
@@ -129,7 +138,9 @@ def open_workdir(
         meta, lazy = folder.open_params(workdir)
         return lazy.leaves, meta
     if not pathlib.Path(workdir).is_dir():
-        raise UserError(f"--workdir must be the folder of a run or of weights; got {workdir}.")
+        raise UserError(
+            f"{key} must be the folder of a run, or of weights that from_torch wrote; got {workdir}."
+        )
     params, meta = stored.read_params(workdir, step, "ema" if ema else "params")
     if not meta.get("model"):
         raise UserError(
@@ -165,7 +176,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0, or 1 where PyTorch gives other numbers than JAX."""
-    with command_line.errors_for_people():
+    with command_line.errors_for_people(OSError):
         arguments = _arguments(sys.argv[1:] if argv is None else argv)
         names.get(arguments.layout)
         params, meta = open_workdir(arguments.workdir, ema=arguments.ema, step=arguments.step)

@@ -13,6 +13,7 @@ Keys of the state dicts are those of the published models.
 import json
 import pathlib
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -536,6 +537,7 @@ def main(argv):
         sys.exit("usage: python model.py onnx FILE")
     # In float32, whatever the weights are in: onnxruntime has no bfloat16 convolution on a CPU.
     export_onnx(load(pathlib.Path(__file__).parent, dtype=torch.float32), argv[1])
+    print(f"wrote {argv[1]}")
 
 
 class _Outputs(nn.Module):
@@ -564,9 +566,13 @@ def export_onnx(model, file):
     names = list(model(video))
     axes = {name: {0: "batch"} for name in ["video", *names]}
     options = dict(input_names=["video"], output_names=names, dynamic_axes=axes)
-    torch.onnx.export(
-        _Outputs(model, names), (video,), str(file), dynamo=False, opset_version=17, **options
-    )
+    with warnings.catch_warnings():
+        # Of shapes that are fixed but for the batch, and of the exporter that needs no further package.
+        for kind in (torch.jit.TracerWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", kind)
+        torch.onnx.export(
+            _Outputs(model, names), (video,), str(file), dynamo=False, opset_version=17, **options
+        )
 
 
 if __name__ == "__main__":

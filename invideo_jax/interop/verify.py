@@ -9,7 +9,7 @@ from invideo_jax.interop import certificate
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 where everything holds, else 1."""
-    with command_line.errors_for_people():
+    with command_line.errors_for_people(OSError):
         parser = command_line.Parser(
             prog="python -m invideo_jax.interop.verify",
             description="Checks the hashes of all files, then PyTorch's outputs against JAX's.",
