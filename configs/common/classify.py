@@ -110,6 +110,8 @@ def put(
     stage.optimizer.layer_decay = layer_decay
     c.model.drop_path = drop_path
     c.evals.multi_view.clips, c.evals.multi_view.crops = views
+    if data in ("ssv1", "ssv2", "hmdb51"):
+        stage.clip.sampling = "tsn_padded"
     if data in ("ssv1", "ssv2"):
         stage.clip.flip = 0.0  # left and right are in the labels
 

@@ -10,6 +10,9 @@ Hardware and hours: published on 64 V100 (InternVideo's on 32 or 16 GPUs); not r
 Published result, top-1: Kinetics-400 81.5 (1600 epochs of pretraining), SSv2 70.8 (2400); InternVideo's on UnlabeledHybrid: 81.52
 and 71.22.
 
+Differences from the released scripts: where a video gives two clips, its frames are drawn once there, and the augmentation alone
+differs; here each clip draws its own.
+
 Sources: MCG-NJU/VideoMAE scripts/, FINETUNE.md; OpenGVLab/InternVideo InternVideo1/Pretrain/VideoMAE/scripts/finetune/.
 """
 

@@ -11,6 +11,7 @@ Hardware and hours: published on 64 V100 (InternVideo's on 32 GPUs); not run at 
 Published result, top-1: Kinetics-400 86.6 (Kinetics-400 pretraining).
 
 Differences from the released scripts: none known in values. InternVideo's warm up from a rate of 1e-8, VideoMAE's from 1e-6.
+Where a video gives two clips, its frames are drawn once there, and the augmentation alone differs; here each clip draws its own.
 
 Sources: MCG-NJU/VideoMAE scripts/, FINETUNE.md; OpenGVLab/InternVideo InternVideo1/Pretrain/VideoMAE/scripts/finetune/.
 """

@@ -9,6 +9,9 @@ and `smoke`.
 Hardware and hours: published on 64 V100 (InternVideo's on 32 GPUs); not run at full size by this project.
 Published result, top-1: Kinetics-400 85.2.
 
+Differences from the released scripts: where a video gives two clips, its frames are drawn once there, and the augmentation alone
+differs; here each clip draws its own.
+
 Sources: MCG-NJU/VideoMAE scripts/, FINETUNE.md; OpenGVLab/InternVideo InternVideo1/Pretrain/VideoMAE/scripts/finetune/.
 """
 

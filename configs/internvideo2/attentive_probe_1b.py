@@ -7,8 +7,7 @@ After the colon: the data set, `k710` (default), `k400`, `k600`, `k700`, `mit` o
 stage 2 (whose positions are for 4 frames and are interpolated to 16), K400, K600, K700 and MiT from the K710 run;
 K600 and K700 need `init.label_map` (see `finetune_1b.py`).
 
-Hardware and hours: published on 16 GPUs (64 videos each), 32 for MiT; hours not published; not run at full size by this
-project.
+Hardware and hours: published on 16 GPUs (64 videos each); hours not published; not run at full size by this project.
 Published result, top-1: K400 87.9, K600 88.0, K700 79.5, MiT 46.3, SSv2 67.3.
 
 Sources: InternVideo2 (arXiv:2403.15377) appendix; OpenGVLab/InternVideo
@@ -34,7 +33,7 @@ def get_config(arg=None):
     data = next((name for name in DATA if words[name]), "k710")
     c = common.classifier("internvideo2")
     c.model.size = "1B"
-    fixed = dict(gpus=32 if data == "mit" else 16, rows=64, repeats=1, final=0.0, weight_decay=0.0)
+    fixed = dict(gpus=16, rows=64, repeats=1, final=0.0, weight_decay=0.0)
     put(c, data=data, **({"views": (1, 3)} | fixed | DATA[data]))
     stage = c.stages.finetune
     stage.clip.frames = 16

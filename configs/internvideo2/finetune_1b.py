@@ -8,7 +8,7 @@ instead of 8; and `smoke`. K710, SSv1 and SSv2 start from stage 1 (a workdir of 
 `interop.from_torch`), K400, K600 and K700 from the K710 run, MiT from the K400 run. K600 and K700 need
 `--config.stages.finetune.init.label_map=FILE.json`: the number in K710 of each of their classes.
 
-The final test, 4 clips x 3 crops of each video: `python -m invideo_jax.evaluate --workdir=DIR`.
+The final test, 4 clips x 3 crops of each video (SSv1 and SSv2: 2 x 3): `python -m invideo_jax.evaluate --workdir=DIR`.
 
 Hardware and hours: published on 32 GPUs (8 videos each, 2 clips of each video); hours not published; not run at full size by
 this project.
@@ -16,7 +16,8 @@ Published result, top-1: K710 87.6, K400 91.3 (91.6 with 16 frames), K600 91.4 (
 SSv2 77.1, MiT 50.8.
 
 Differences from the released scripts: one draw of mixup serves the 16 clips that one GPU had, as there, whatever the
-number of devices here is.
+number of devices here is. The frames of a video are drawn once there for both of its clips, whose augmentation alone differs; here
+each clip draws its own.
 
 Sources: InternVideo2 (arXiv:2403.15377) appendix; OpenGVLab/InternVideo
 InternVideo2/single_modality/scripts/finetuning/full_tuning/.
@@ -32,7 +33,7 @@ DATA = {
     "k600": (3, 0, 1e-5, 0.9, 2, (4, 3)),
     "k700": (3, 0, 1e-5, 0.9, 2, (4, 3)),
     "mit": (15, 5, 5e-5, 0.9, 1, (4, 3)),
-    "ssv1": (9, 3, 1e-4, 0.915, 2, (4, 3)),
+    "ssv1": (9, 3, 1e-4, 0.915, 2, (2, 3)),
     "ssv2": (8, 3, 1e-4, 0.915, 2, (2, 3)),
 }
 

@@ -11,7 +11,8 @@ this project.
 Published result, top-1: K710 88.1, K400 91.9 (92.1 with 16 frames), K600 91.7 (91.9), K700 85.7 (85.9), SSv1 69.7,
 SSv2 77.5 (77.4), MiT 51.0 (51.2 at 336 pixels). Stage 1 of 6B was never published.
 
-Differences from the released scripts: `--head_drop_path` is left out, which changes nothing in the released model.
+Differences from the released scripts: `--head_drop_path` is left out, which changes nothing in the released model. The frames
+of a video are drawn once there for both of its clips, whose augmentation alone differs; here each clip draws its own.
 
 Sources: InternVideo2 (arXiv:2403.15377) appendix; OpenGVLab/InternVideo
 InternVideo2/single_modality/scripts/finetuning/full_tuning/.
@@ -26,7 +27,7 @@ DATA = {
     "k400": ("k400", 1, 0, 1e-5, 1e-6, 0.35, 2, (4, 3)),
     "k600": ("k600", 1, 0, 1e-5, 1e-6, 0.35, 2, (4, 3)),
     "k700": ("k700", 1, 0, 1e-5, 1e-6, 0.35, 2, (4, 3)),
-    "mit": ("mit", 8, 2, 2.5e-5, 0.0, 0.4, 1, (4, 3)),
+    "mit": ("mit", 8, 2, 2.5e-5, 0.0, 0.35, 1, (4, 3)),
     "mit336": ("mit", 2, 0, 1e-5, 0.0, 0.4, 1, (4, 3)),
     "ssv1": ("ssv1", 7, 2, 7.5e-5, 0.0, 0.4, 2, (4, 3)),
     "ssv2": ("ssv2", 6, 2, 7.5e-5, 0.0, 0.4, 2, (5, 3)),

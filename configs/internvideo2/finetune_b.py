@@ -11,6 +11,7 @@ full size by this project.
 Published result, top-1: K710 83.5, K400 88.4, K600 88.9, K700 80.5, SSv2 73.5.
 
 Differences from the released scripts: that of SSv2 names the large model; this one is B.
+The frames of a video are drawn once there for both of its clips, whose augmentation alone differs; here each clip draws its own.
 
 Sources: InternVideo2 (arXiv:2403.15377) appendix; OpenGVLab/InternVideo
 InternVideo2/single_modality/scripts/finetuning/full_tuning/.

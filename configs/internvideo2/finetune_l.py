@@ -12,6 +12,7 @@ Published result, top-1: K710 86.2, K400 90.4, K600 90.6, K700 83.5, SSv2 76.4.
 
 Differences from the released scripts: that of SSv2 names the small model and its weights; this one is L with the
 script's other values.
+The frames of a video are drawn once there for both of its clips, whose augmentation alone differs; here each clip draws its own.
 
 Sources: InternVideo2 (arXiv:2403.15377) appendix; OpenGVLab/InternVideo
 InternVideo2/single_modality/scripts/finetuning/full_tuning/.

@@ -10,6 +10,9 @@ Hardware and hours: published on 8 GPUs (32 videos each, 2 clips of each video) 
 full size by this project.
 Published result, top-1: K710 79.6, K400 85.4, K600 86.0, K700 75.7, SSv2 71.6.
 
+Differences from the released scripts: the frames of a video are drawn once there for both of its clips, whose augmentation alone
+differs; here each clip draws its own.
+
 Sources: InternVideo2 (arXiv:2403.15377) appendix; OpenGVLab/InternVideo
 InternVideo2/single_modality/scripts/finetuning/full_tuning/.
 """

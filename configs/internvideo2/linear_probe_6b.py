@@ -12,7 +12,8 @@ by this project.
 Published result, top-1: K400 82.0, SSv2 47.8, UCF101 96.3, HMDB51 71.8; from stage 2: 84.2, 56.7, 97.3, 80.7.
 
 Differences from the released scripts: those of K400 name a missing script (`run_linear_probing4_2.py`, one of the two) and an
-undefined model (`vit_6B_patch14_224`); this one is 6B with their other values.
+undefined model (`vit_6B_patch14_224`); this one is 6B with their other values. From stage 2, the
+script of UCF101 has no dropout: `--config.stages.finetune.head.dropout=0`.
 
 Sources: InternVideo2 (arXiv:2403.15377) appendix; OpenGVLab/InternVideo
 InternVideo2/single_modality/scripts/finetuning/linear_probing/.

@@ -31,7 +31,7 @@ _Row = VideoMAESize
 
 # Sources: S, B, L, H: MCG-NJU/VideoMAE modeling_pretrain.py and scripts/ (decoder depth is a
 # command-line value there); H-internvideo1: OpenGVLab/InternVideo, InternVideo1/Pretrain/VideoMAE;
-# g: VideoMAE V2 (arXiv:2303.16727). Micro, Mini and Ti are this project's own, for CPUs.
+# L-v2, g: VideoMAE V2 (arXiv:2303.16727). Micro, Mini and Ti are this project's own, for CPUs.
 VIDEO_MAE: dict[str, VideoMAESize] = {
     "Micro": _Row(32, 2, 2, 128, 16, 1, 2, 64, patch=8),
     "Mini": _Row(128, 4, 4, 512, 64, 2, 2, 256, patch=8),
@@ -39,6 +39,7 @@ VIDEO_MAE: dict[str, VideoMAESize] = {
     "S": _Row(384, 12, 6, 1536, 192, 4, 3, 768, 16, 21_879_936, 24_029_376),
     "B": _Row(768, 12, 12, 3072, 384, 4, 6, 1536, 16, 86_227_200, 94_210_944),
     "L": _Row(1024, 24, 16, 4096, 512, 12, 8, 2048, 16, 303_860_736, 342_996_992),
+    "L-v2": _Row(1024, 24, 16, 4096, 512, 4, 8, 2048, 16, 303_860_736, 317_782_016),
     "H": _Row(1280, 32, 16, 5120, 640, 12, 8, 2560, 16, 631_607_040, 692_487_296),
     "H-internvideo1": _Row(1280, 32, 16, 5120, 512, 8, 8, 2048, 16, 631_607_040, 658_266_880),
     "g": _Row(1408, 40, 16, 6144, 512, 4, 8, 2048, 14, 1_011_610_752, 1_025_543_960),
