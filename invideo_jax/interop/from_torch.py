@@ -94,7 +94,8 @@ def convert(
     weights, table = reading.open_weights(path, entry=entry), names.get(layout)
     state, stripped = reading.without_prefixes(weights.state, layout)
     state = {mapping.spelled(key, table): value for key, value in state.items()}
-    notes = [*weights.notes, *stripped]
+    state, flat = reading.with_time(state, layout)
+    notes = [*weights.notes, *stripped, *flat]
     given = _with_hf_config(given, weights.files[0], layout)
     given, own = _with_own_config(given, weights.files[0], layout)
     state = _without(state, [*table.unused], "of no use here", notes, regular=True)

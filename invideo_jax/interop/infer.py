@@ -369,27 +369,42 @@ def _videomae_encoder(s: Shapes, given: Given) -> Text:
 
 
 def _internvl(s: Shapes, given: Given) -> Text:
-    return vision(s, given, frames=1)  # frames of a clip are examples of their own
+    text = vision(s, given, frames=1)  # frames of a clip are examples of their own
+    text["arguments"]["layer_scale"] = 0.1 if text["arguments"]["layer_scale"] else 0.0
+    return text
 
 
-def _clip_visual(patch: str, tokens: str, block: str, up: str, projection: str):
+# Keys of CLIP's image encoder: convolution, positions, blocks, the projection; in a block, its MLP.
+_OPENAI = ("conv1.weight", "positional_embedding", "transformer.resblocks.", "proj", "mlp.c_fc")
+_HF_CLIP = (
+    "embeddings.patch_embedding.weight",
+    "embeddings.position_embedding.weight",
+    "encoder.layers.",
+    "visual_projection.weight",
+    "mlp.fc1",
+)
+
+
+def _clip_visual(keys: tuple[str, ...], prefix: str = "", *, out: int = 1):
+    """Reads CLIP's image encoder of keys with a prefix; `out` is the projection's axis of outputs."""
+    patch, table, block, projection = (f"{prefix}{key}" for key in keys[:-1])
+    up = f"{block}0.{keys[-1]}.weight"
+
     def read(s: Shapes, given: Given) -> Text:
         width, channels, *_, size = s[patch]
-        side = math.isqrt(s[tokens][0] - 1)
-        out = s.get(projection, (0, 0))  # a bare matrix turns one way, a Linear the other
+        times = s.get(f"{prefix}temporal_positional_embedding")
         arguments = dict(
             width=width,
             depth=depth_of(s, block),
-            heads=given.values.get(
-                "heads", width // 64 or 1
-            ),  # all published ones have 64 channels
-            mlp_width=s[f"{block}0.{up}.weight"][0],
-            embed=out[1] if projection == "proj" else out[0],
+            # All published ones have 64 channels a head.
+            heads=given.values.get("heads", width // 64 or 1),
+            mlp_width=s[up][0],
+            embed=s[projection][out] if projection in s else 0,
             patch=size,
-            frames=given.frames or 8,
-            image_size=side * size,
+            frames=times[1] if times else given.frames or 8,
+            image_size=math.isqrt(s[table][0] - 1) * size,
             channels=channels,
-            joint="temporal_positional_embedding" in s,
+            joint=times is not None,
             normalisation="clip",
             activation="gelu_quick",
         )
@@ -398,19 +413,21 @@ def _clip_visual(patch: str, tokens: str, block: str, up: str, projection: str):
     return read
 
 
+def _uniformer(s: Shapes, given: Given) -> Text:
+    backbone = _clip_visual(_OPENAI, "visual.")(s, given)
+    backbone["arguments"]["embed"] = s["visual_proj"][1]  # beside the tower's keys
+    extractors = depth_of(s, "visual.transformer.dec.")
+    arguments = dict(backbone=backbone, extractors=extractors)
+    return {"model": "uniformer_v2", "arguments": arguments}
+
+
 READERS: dict[str, Callable[[Shapes, Given], Text]] = {
     "internvl_vision": _internvl,
     "videomae_encoder": _videomae_encoder,
-    "clip_visual": _clip_visual(
-        "conv1.weight", "positional_embedding", "transformer.resblocks.", "mlp.c_fc", "proj"
-    ),
-    "clip_visual_hf": _clip_visual(
-        "embeddings.patch_embedding.weight",
-        "embeddings.position_embedding.weight",
-        "encoder.layers.",
-        "mlp.fc1",
-        "visual_projection.weight",
-    ),
+    "clip_visual": _clip_visual(_OPENAI, "visual."),
+    "clip_visual_hf": _clip_visual(_HF_CLIP, out=0),
+    "viclip_visual": _clip_visual(_OPENAI, "vision_encoder."),
+    "internvideo1_multimodal": _uniformer,
     "videomae": _video_mae(
         "encoder.patch_embed.proj.weight",
         "encoder.blocks.",

@@ -10,7 +10,7 @@ from typing import Any
 
 from invideo_jax.errors import UserError
 from invideo_jax.interop import mapping, names, safetensors_io, torch_zip
-from invideo_jax.interop.leaves import Leaf
+from invideo_jax.interop.leaves import Leaf, deferred
 from invideo_jax.registry import nearest
 
 WRAPPERS = ("module", "model", "state_dict")  # entries that hold the weights, as loaders try them
@@ -172,6 +172,23 @@ def without_prefixes(
             raise UserError(f"The file must not hold both {twice} and {best}{twice}.")
         state = dict(zip(short, state.values()))
         notes.append(f"prefix {best!r} taken off {having} of {len(state)} keys")
+
+
+def with_time(state: Mapping[str, Leaf], layout: str) -> tuple[dict[str, Leaf], tuple[str, ...]]:
+    """The state with an image's convolution (O, C, h, w) as that of one frame, where the layout has frames.
+
+    Returns:
+        The state; what was changed, in words.
+    """
+    cubes = {row.theirs for row in names.get(layout).rows if row.turn == "conv"}
+    flat = [key for key in state if key in cubes and len(state[key].shape) == 4]
+
+    def one(value: Leaf) -> Leaf:
+        (out, channels, *size) = value.shape
+        return deferred((out, channels, 1, *size), value.dtype, lambda: value.read()[:, :, None])
+
+    notes = tuple(f"{key} is of images: taken as of one frame" for key in flat)
+    return {key: one(x) if key in flat else x for key, x in state.items()}, notes
 
 
 def _stripped(keys: Iterable[str], prefix: str) -> list[str]:

@@ -56,10 +56,23 @@ def visual(theirs: str, ours: str, conv: str) -> tuple[Row, ...]:
     return tuple(prefixed(rows, theirs, ours))
 
 
+# The text half, in files of the whole model.
+_TEXT = (
+    r"^transformer\.",
+    r"^token_embedding\.",
+    r"^positional_embedding$",
+    r"^ln_final\.",
+    r"^text_projection$",
+    r"^logit_scale$",
+    r"^(input_resolution|context_length|vocab_size)$",
+)
+
 LAYOUTS: dict[str, Layout] = {
     # openai/CLIP, the vision half; and that of ViCLIP, whose convolution has a dimension of time.
-    "clip_visual": Layout(visual("visual.", "", "conv2")),
-    "viclip_visual": Layout(visual("vision_encoder.", "", "conv")),
+    "clip_visual": Layout(visual("visual.", "", "conv2"), unused=_TEXT),
+    "viclip_visual": Layout(
+        visual("vision_encoder.", "", "conv"), unused=(r"^text_encoder\.", r"^temp$")
+    ),
     # transformers, CLIPVisionModel and CLIPVisionModelWithProjection; version 5 has no prefix.
     "clip_visual_hf": Layout(
         (
@@ -72,6 +85,11 @@ LAYOUTS: dict[str, Layout] = {
             Row("visual_projection.weight", ("projection/kernel",), "linear", optional=True),
         ),
         prefixes=("vision_model.",),
-        unused=(r"embeddings\.position_ids",),
+        unused=(
+            r"embeddings\.position_ids",
+            r"^text_model\.",
+            r"^text_projection\.",
+            r"^logit_scale$",
+        ),
     ),
 }
