@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 from safetensors.numpy import load_file
 
 from tests import golden, originals
-from tests.interop import variants
+from tests.interop import variants, variants_mae
 
 SMALL = dict(
     embed_dim=48, num_heads=3, depth=3, patch_size=7, img_size=28, num_frames=4, mlp_ratio=3.3,
@@ -20,21 +20,20 @@ HF = dict(
     intermediate_size=48, decoder_hidden_size=24, decoder_num_hidden_layers=1, decoder_intermediate_size=40,
     decoder_num_attention_heads=3,
 )  # fmt: skip
-write = variants
 # name -> (writer, constructor arguments, options of the writer)
 FAST = {
     "teacher_blocks_none": (
-        write.write_teacher,
+        variants.write_teacher,
         SMALL | dict(depth=5, clip_return_index=[3, 0], clip_norm_type="none", return_attn=False),
         {},
     ),
     "clip_separate": (
-        write.write_clip,
+        variants.write_clip,
         SMALL | dict(sep_pos_embed=True, num_frames=3, init_values=0),
         {},
     ),
     "teacher_videomae": (
-        write.write_mae_teacher,
+        variants_mae.write_mae_teacher,
         dict(
             img_size=[32, 32], patch_size=8, embed_dim=32, depth=5, num_heads=4, mlp_ratio=3, qk_scale=0.3,
             init_values=0.1, all_frames=6, tubelet_size=3, mae_norm_type="none", mae_return_layer=2,
@@ -45,7 +44,7 @@ FAST = {
 }  # fmt: skip
 SLOW = {
     "stage1_separate_tubelet2_unscaled": (
-        write.write_student,
+        variants.write_student,
         STUDENT
         | dict(
             sep_pos_embed=True, tubelet_size=2, qkv_bias=True, qk_normalization=False, init_values=None,
@@ -54,7 +53,7 @@ SLOW = {
         {},
     ),
     "stage1_intervals_no_final": (
-        write.write_student,
+        variants.write_student,
         STUDENT
         | dict(
             depth=5, num_frames=3, img_size=[21, 21], patch_size=[7, 7], init_values=0.1, clip_return_layer=3,
@@ -64,7 +63,7 @@ SLOW = {
         dict(train=True),
     ),
     "distillation_blocks_mlp": (
-        write.write_student,
+        variants.write_student,
         STUDENT
         | dict(
             depth=5, in_chans=1, init_values=0, clip_return_layer=3, clip_student_return_index=[4, 0, 2],
@@ -72,39 +71,39 @@ SLOW = {
         ),
         {},
     ),
-    "distillation_linear": (write.write_student, STUDENT, dict(learn=False)),
+    "distillation_linear": (variants.write_student, STUDENT, dict(learn=False)),
     "vision_image_table": (
-        write.write_vision,
+        variants.write_vision,
         STUDENT
         | dict(num_frames=3, sep_image_video_pos_embed=True, clip_return_layer=2, clip_student_return_interval=2),
         {},
     ),
     "vision_image_table_tubelet2": (
-        write.write_vision,
+        variants.write_vision,
         STUDENT
         | dict(tubelet_size=2, sep_image_video_pos_embed=True, clip_teacher_final_dim=0, init_values=0, qkv_bias=True),
         {},
     ),
-    "vision_one_table": (write.write_vision, STUDENT | dict(num_frames=5, clip_norm_type="none"), {}),
+    "vision_one_table": (variants.write_vision, STUDENT | dict(num_frames=5, clip_norm_type="none"), {}),
     "teacher_separate": (
-        write.write_teacher,
+        variants.write_teacher,
         SMALL
         | dict(depth=5, clip_return_layer=3, clip_return_interval=2, tubelet_size=2, sep_pos_embed=True),
         {},
     ),
     "internvl": (
-        write.write_teacher,
+        variants.write_teacher,
         IMAGE | dict(depth=5, clip_return_layer=2, clip_return_interval=3, init_values=0.1, qkv_bias=True),
         dict(frames=3),
     ),
     "internvl_none": (
-        write.write_teacher,
+        variants.write_teacher,
         IMAGE | dict(clip_return_layer=2, init_values=0, clip_norm_type="none", return_attn=False),
         dict(frames=3),
     ),
-    "clip_tubelet2": (write.write_clip, SMALL | dict(tubelet_size=2, init_values=None), {}),
+    "clip_tubelet2": (variants.write_clip, SMALL | dict(tubelet_size=2, init_values=None), {}),
     "videomae_scaled_unbiased": (
-        write.write_mae,
+        variants_mae.write_mae,
         dict(
             img_size=[16, 16], patch_size=8, encoder_embed_dim=32, encoder_depth=2, encoder_num_heads=2,
             decoder_num_classes=768, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3, mlp_ratio=3,
@@ -113,7 +112,7 @@ SLOW = {
         {},
     ),
     "videomae_defaults": (
-        write.write_mae,
+        variants_mae.write_mae,
         dict(
             img_size=16, patch_size=8, encoder_embed_dim=32, encoder_depth=3, encoder_num_heads=2,
             decoder_embed_dim=24, decoder_depth=2, decoder_num_heads=3, decoder_num_classes=384,
@@ -121,17 +120,17 @@ SLOW = {
         {},
     ),
     "videomae_transformers_last_norm": (
-        write.write_hf,
+        variants_mae.write_hf,
         HF | dict(use_mean_pooling=False, norm_pix_loss=False, qkv_bias=False, layer_norm_eps=1e-6),
         {},
     ),
     "plain_separate": (
-        write.write_classifier,
+        variants.write_classifier,
         SMALL | dict(sep_pos_embed=True, num_classes=5, init_values=None, qk_normalization=False),
         {},
     ),
     "attentive_tubelet2": (
-        write.write_classifier,
+        variants.write_classifier,
         SMALL | dict(num_classes=7, tubelet_size=2, clip_embed_dim=24),
         dict(variant="attentive"),
     ),
@@ -148,7 +147,7 @@ for _merge in MERGES:
             _arguments = SMALL | dict(
                 depth=2, num_frames=3, num_classes=5, merge_method=_merge, merge_norm=_norm
             )
-            _case = (write.write_classifier, _arguments, dict(variant="cat") | _options)
+            _case = (variants.write_classifier, _arguments, dict(variant="cat") | _options)
             _fast = (_merge, _norm, _state) == ("cls_avgN_proj", "BN", "trained")
             (FAST if _fast else SLOW)[f"cat_{_merge}_{_norm}_{_state}"] = _case
 
