@@ -30,7 +30,15 @@ from invideo_jax.interop import (
     verify,
 )
 from invideo_jax.interop.leaves import Leaf, leaf
-from invideo_jax.models import alignment, classifier, positions, stage2, video_encoder, video_mae
+from invideo_jax.models import (
+    alignment,
+    classifier,
+    clip_vit,
+    positions,
+    stage2,
+    video_encoder,
+    video_mae,
+)
 from invideo_jax.models.text_encoder import Bert, ClipText
 
 TINY = dict(image_size=16, frames=4, depth=2)
@@ -63,6 +71,10 @@ MODELS = {
         "Micro", classes=7, variant="cat", merge="cls_avgN_proj", merge_norm="BN", **TINY
     ),
     "internvideo2_clip_vision": projected,
+    "internvl_vision": lambda: video_encoder.build("Micro", **(TINY | dict(frames=1, layer_scale=0.1))),
+    "videomae_encoder": lambda: video_mae.build_encoder("Micro", **TINY),
+    "clip_visual": lambda: clip_vit.ClipViT(64, 2, 1, 96, embed=24, patch=8, frames=4, image_size=16),
+    "clip_visual_hf": lambda: clip_vit.ClipViT(64, 2, 1, 96, embed=24, patch=8, frames=4, image_size=16),
     "internvideo2_clip": lambda: stage2.VideoClip(
         projected(), ClipText(32, 2, 2, 40, 24, vocabulary=30, positions=12, activation="gelu")
     ),
@@ -314,6 +326,8 @@ def test_the_folder_works_with_torch_alone(exported):
 
 def test_pth_and_bfloat16(tmp_path):
     torch = pytest.importorskip("torch")
+    from invideo_jax.interop import torch_model
+
     model = MODELS["internvideo2_classification"]()
     params = random_params(model)
     params = {p: np.abs(x) if "variance" in p else x for p, x in params.items()}
@@ -328,6 +342,8 @@ def test_pth_and_bfloat16(tmp_path):
     assert max(found["checked"]["shares"].values()) < 1e-5
     state = torch.load(tmp_path / "x" / "model.pth", weights_only=True)
     assert state["head.weight"].dtype == torch.bfloat16
+    module = torch_model.load(tmp_path / "x")  # takes videos in float32
+    assert module(torch_model.example(module))["logits"].dtype == torch.bfloat16
     assert state["down_norm.num_batches_tracked"].dtype == torch.int64
     assert told(tmp_path / "x")[0]
 
@@ -496,6 +512,32 @@ def test_layouts_that_do_not_fit_are_told(tmp_path):
         from_torch.convert(file, layout="internvideo2_stage1", given=given_for(model))
 
 
+def test_a_wrong_layout_names_those_of_the_model(tmp_path):
+    model = student()
+    with pytest.raises(
+        UserError, match="Layouts of this model: internvideo2, internvideo2_distill, i"
+    ):
+        to_torch.export(
+            tmp_path / "x", random_params(model), models.describe(model), layout="videomae"
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_to_torch_wrote_needs_no_options(tmp_path):
+    """Heads, frames and size come from its config.json, also for another layout of the same file."""
+    for layout, other in (("internvideo2_stage1", "internvideo2_encoder"), ("videomae", "")):
+        model = models.with_encoder(MODELS[layout](), heads=2)
+        params = random_params(model)
+        to_torch.export(tmp_path / layout, params, models.describe(model), layout=layout)
+        assert models.make(from_torch.convert(tmp_path / layout, layout=layout)[1]) == model.clone()
+        given = infer.Given(values=dict(heads=4))
+        changed = models.make(from_torch.convert(tmp_path / layout, layout=layout, given=given)[1])
+        assert models.encoder_of(changed)[0].heads == 4
+        if other:
+            alone = models.make(from_torch.convert(tmp_path / layout, layout=other)[1])
+            assert (alone.heads, alone.frames, alone.image_size) == (2, 4, 16)
+
+
 # ---- workdirs, programs, memory -----------------------------------------------------------------------
 
 
@@ -523,7 +565,7 @@ def test_a_checkpoint_is_exported(tmp_path, capsys):
         assert ("moving average" in text) == bool(flags)
     with pytest.raises(SystemExit):
         to_torch.main(["--workdir=/nowhere", "--layout=videomae", f"--output={tmp_path / 'z'}"])
-    assert "must be the folder of a run or of weights" in capsys.readouterr().err
+    assert "must be the folder of a run, or of weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["internvideo2_stage1", "videomae"])
