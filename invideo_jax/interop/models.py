@@ -37,6 +37,9 @@ MODELS = Registry(
         "clip_vit": "invideo_jax.models.clip_vit:ClipViT",
         "umt": "invideo_jax.models.umt:UMTStudent",
         "uniformer_v2": "invideo_jax.models.uniformer_v2:UniFormerV2",
+        "latent": "invideo_jax.models.predictor:LatentModel",
+        "predictor": "invideo_jax.models.predictor:Predictor",
+        "fused_classifier": "invideo_jax.models.fusion:FusedClassifier",
     },
 )
 # Attributes that change no number of the model in evaluation.
@@ -139,23 +142,36 @@ def count(model: nn.Module) -> int:
     return sum(math.prod(shape) for shape in shapes(model).values())
 
 
-def encoder_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The video encoder within a model, and the path of its parameters ('' where it is the model)."""
-    path = []
+def parts_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The model, what it is built around, and so on to its video encoder; each with its parameters' path."""
+    parts, path = [(model, "")], []
     while not hasattr(model, "patch"):
-        inside = next((n for n in ("encoder", "vision") if hasattr(model, n)), None)
-        if inside is None:
-            raise UserError(f"{type(model).__name__} has no video encoder.")
+        inside = _inside(model)
         path.append(inside)
         model = getattr(model, inside)
-    return model, "/".join(path)
+        parts.append((model, "/".join(path)))
+    return parts
+
+
+def encoder_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The video encoder within a model, and the path of its parameters ('' where it is the model)."""
+    return parts_of(model)[-1]
+
+
+def _inside(model: nn.Module) -> str:
+    """The attribute that holds the video encoder, or the model with it."""
+    fields = [field.name for field in dataclasses.fields(model)]
+    inside = next((n for n in ("encoder", "vision", "masked", "backbone") if n in fields), None)
+    if inside is None:
+        raise UserError(f"{type(model).__name__} has no video encoder.")
+    return inside
 
 
 def with_encoder(model: nn.Module, **overrides: Any) -> nn.Module:
     """The same model with other attributes of its encoder (frames, image_size, dtype)."""
-    if hasattr(model, "patch"):
+    if "patch" in {field.name for field in dataclasses.fields(model)}:
         return model.clone(**overrides)
-    inside = next(n for n in ("encoder", "vision") if hasattr(model, n))
+    inside = _inside(model)
     return model.clone(**{inside: with_encoder(getattr(model, inside), **overrides)})
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -82,7 +83,7 @@ def export(
     output = pathlib.Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"The folder to write must be new or empty; got {output}. Give another.")
-    model, params = models.make(meta), {path: leaf(x) for path, x in params.items()}
+    model, params = _part(models.make(meta), params, layout)
     shapes = models.shapes(model)
     mapping.check_paths(set(params), set(shapes), layout)
     for path, value in params.items():
@@ -110,6 +111,17 @@ def export(
     found = certificate.issue(output, model, params, dtype=dtype, text=text)
     (output / "README.md").write_text(card.text(model, meta, found, state))
     return found
+
+
+def _part(model: nn.Module, params: Mapping[str, Any], layout: str):
+    """The model and its leaves; or of the model in it that the layout is of, down to its encoder."""
+    known = {path for row in names.get(layout).rows for path in row.ours}
+    for part, path in models.parts_of(model):
+        if set(models.shapes(part)) <= known:
+            prefix = f"{path}/" if path else ""
+            inside = {k.removeprefix(prefix): x for k, x in params.items() if k.startswith(prefix)}
+            return part, {k: leaf(x) for k, x in inside.items()}
+    return model, {path: leaf(x) for path, x in params.items()}
 
 
 def open_workdir(
