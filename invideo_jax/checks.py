@@ -16,10 +16,14 @@ from invideo_jax import build, masking, optim, programs
 from invideo_jax import config as config_lib
 from invideo_jax.errors import UserError
 from invideo_jax.evals import EVALUATORS
-from invideo_jax.models import layers, pixels
-from invideo_jax.programs import base
+from invideo_jax.handover.matching import INFLATE
+from invideo_jax.models import classifier, layers, pixels
+from invideo_jax.models import fusion as fusion_models
+from invideo_jax.models.teachers import TEACHERS
+from invideo_jax.programs import base, fusion
 from invideo_jax.registry import nearest
 from invideo_jax.stages import Duration
+from invideo_jax.steps import latent
 
 Rule = tuple[str, Callable[[Any], bool], str]
 
@@ -27,6 +31,8 @@ _SHARE = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 _POSITIVE = (lambda v: v > 0, "must be greater than 0")
 _COUNT = (lambda v: v >= 1, "must be at least 1")
 _NOT_NEGATIVE = (lambda v: v >= 0, "must not be negative")
+_WITHIN = (lambda v: 0 < v < 1, "must lie between 0 and 1, both excluded")
+_PROBABILITY = (lambda v: 0 <= v <= 1, "must be between 0 and 1")
 
 # (pattern of the key, what must hold, the rule in words). A key may match several rows.
 RULES: tuple[Rule, ...] = (
@@ -36,8 +42,38 @@ RULES: tuple[Rule, ...] = (
     ("model.layer_scale", *_NOT_NEGATIVE),
     ("stages.*.batch_size", *_COUNT),
     ("stages.*.accumulation", *_COUNT),
-    ("stages.*.mask.ratio", lambda v: 0 < v < 1, "must lie between 0 and 1, both excluded"),
+    ("stages.*.mask.ratio", *_WITHIN),
     ("stages.*.ema_decay", *_SHARE),
+    ("stages.*.ema_final", *_PROBABILITY),
+    ("stages.*.old_frames", *_NOT_NEGATIVE),
+    ("stages.*.clip.repeats", *_COUNT),
+    ("stages.*.smoothing", *_SHARE),
+    ("stages.*.mix.mixup", *_NOT_NEGATIVE),
+    ("stages.*.mix.cutmix", *_NOT_NEGATIVE),
+    ("stages.*.mix.group", *_NOT_NEGATIVE),
+    ("stages.*.mix.probability", *_PROBABILITY),
+    ("stages.*.mix.switch", *_PROBABILITY),
+    ("stages.*.classes", *_COUNT),
+    ("stages.*.head.dropout", *_SHARE),
+    ("stages.*.head.eps", *_POSITIVE),
+    ("stages.*.head.init_scale", *_NOT_NEGATIVE),
+    ("stages.*.teachers.stride", *_COUNT),
+    ("stages.*.teachers.*.layers", *_COUNT),
+    ("stages.*.teachers.*.interval", *_POSITIVE),
+    ("stages.*.teachers.*.image_size", *_NOT_NEGATIVE),
+    ("stages.*.student.interval", *_POSITIVE),
+    ("stages.*.target.clip_middle", *_NOT_NEGATIVE),
+    ("stages.*.target.clip_final", *_NOT_NEGATIVE),
+    ("stages.*.target.mae", *_NOT_NEGATIVE),
+    ("stages.*.target.decoder_mask.ratio", *_WITHIN),
+    ("stages.*.views.*.ratio", *_WITHIN),
+    ("stages.*.views.*.share", *_WITHIN),
+    ("stages.*.views.*.blocks", *_COUNT),
+    ("stages.*.views.*.context", *_NOT_NEGATIVE),
+    ("stages.*.predictor.*", *_COUNT),
+    ("stages.*.fusion.modules", *_COUNT),
+    ("stages.*.fusion.heads", *_COUNT),
+    ("stages.*.multimodal.frames", *_COUNT),
     ("stages.*.optimizer.learning_rate", *_POSITIVE),
     ("stages.*.optimizer.scale_by_batch", *_NOT_NEGATIVE),
     ("stages.*.optimizer.b1", *_SHARE),
@@ -51,7 +87,7 @@ RULES: tuple[Rule, ...] = (
     ("stages.*.schedule.warmup_start", *_NOT_NEGATIVE),
     ("data.workers", *_NOT_NEGATIVE),
     ("data.threads", *_NOT_NEGATIVE),
-    ("data.bad_share", lambda v: 0 <= v <= 1, "must be between 0 and 1"),
+    ("data.bad_share", *_PROBABILITY),
     ("data.bad_count", *_NOT_NEGATIVE),
     ("data.max_megapixels", *_POSITIVE),
     ("data.max_hours", *_POSITIVE),
@@ -65,6 +101,13 @@ RULES: tuple[Rule, ...] = (
     ("data.max_seconds", *_NOT_NEGATIVE),
     ("evals.*.examples", *_COUNT),
     ("evals.*.pictures", *_NOT_NEGATIVE),
+    ("evals.*.clips", *_COUNT),
+    ("evals.*.crops", lambda v: v in (1, 3), "must be 1 or 3"),
+    ("evals.*.train_examples", *_COUNT),
+    ("evals.*.k", *_COUNT),
+    ("evals.*.temperature", *_POSITIVE),
+    ("evals.*.l2", *_NOT_NEGATIVE),
+    ("evals.*.iterations", *_COUNT),
     ("guard.nonfinite_in_a_row", *_COUNT),
     ("guard.hang_seconds", *_POSITIVE),
 )
@@ -82,6 +125,7 @@ DURATIONS = {
 
 def choices() -> dict[str, tuple[str, ...]]:
     """Keys whose value is a name out of a list."""
+    masks = tuple(sorted(masking.MASKS))
     return {
         "compute_dtype": ("auto", "float32", "bfloat16"),
         "checkpoint.best_mode": ("min", "max"),
@@ -91,7 +135,17 @@ def choices() -> dict[str, tuple[str, ...]]:
         "stages.*.optimizer.name": optim.OPTIMIZERS,
         "stages.*.schedule.name": base.SCHEDULES,
         "stages.*.schedule.decay_shape": ("linear", "sqrt"),
-        "stages.*.mask.name": tuple(sorted(masking.MASKS)),
+        "stages.*.mask.name": masks,
+        "stages.*.views.*.name": masks,
+        "stages.*.target.decoder_mask.name": ("", *(m for m in masks if m != "attention")),
+        "stages.*.target.loss": tuple(latent.ERRORS),
+        "stages.*.head.variant": classifier.VARIANTS,
+        "stages.*.head.merge": classifier.MERGES,
+        "stages.*.head.merge_norm": classifier.NORMS,
+        "stages.*.teachers.*.name": ("", *TEACHERS),
+        "stages.*.multimodal.name": tuple(fusion.MULTIMODAL),
+        "stages.*.fusion.reading": tuple(fusion_models.READINGS),
+        "stages.*.init.inflate": ("", *INFLATE),
         "stages.*.objective": tuple(kind.split("/")[1] for kind in programs.PROGRAMS),
         "stages.*.normalisation": tuple(pixels.NORMALISATION),
     }

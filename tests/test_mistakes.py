@@ -94,6 +94,48 @@ MISTAKES = {
 }
 
 
+# The same for stages of other kinds: recipe, what is typed after its stage's name, what must be read.
+OTHER_KINDS = {
+    "mixup below nothing": ("finetune_b", "mix.mixup=-1", "mix.mixup must not be negative"),
+    "share of CutMix": ("finetune_b", "mix.switch=1.5", "mix.switch must be between 0 and 1"),
+    "all labels smoothed": ("finetune_b", "smoothing=1.0", "smoothing must be at least 0 and less"),
+    "all dropped": ("finetune_b", "head.dropout=1.0", "head.dropout must be at least 0 and less"),
+    "no class": ("finetune_b", "head.classes=0", "head.classes must be at least 1"),
+    "no clip of a video": ("finetune_b", "clip.repeats=0", "clip.repeats must be at least 1"),
+    "unknown head": ("finetune_b", "head.variant=attentiv", 'Did you mean "attentive"'),
+    "unknown norm": ("finetune_b", "head.merge_norm=LM", "merge_norm must be one of kaiming_BN"),
+    "unknown inflation": ("finetune_b", "init.inflate=center", 'Did you mean "centre"'),
+    "group the batch lacks": ("finetune_b", "mix.group=3", "mix.group must divide batch_size"),
+    "every zeroth frame": ("distill_b", "teachers.stride=0", "teachers.stride must be at least 1"),
+    "blocks on the spot": (
+        "distill_b",
+        "teachers.clip.interval=0",
+        "interval must be greater than",
+    ),
+    "no block": ("distill_b", "teachers.clip.layers=0", "layers must be at least 1"),
+    "unknown teacher": ("distill_b", "teachers.clip.name=internvl2", 'Did you mean "internvl"'),
+    "factor below nothing": (
+        "distill_b",
+        "target.clip_final=-1",
+        "clip_final must not be negative",
+    ),
+    "student on the spot": ("distill_b", "student.interval=0", "interval must be greater than 0"),
+    "frames below nothing": ("distill_b", "init.old_frames=-4", "old_frames must not be negative"),
+    "view of nothing": ("stage2_b", "views.long.ratio=1.0", "ratio must lie between 0 and 1"),
+    "whole rectangles": ("stage2_b", "views.long.share=1.0", "share must lie between 0 and 1"),
+    "unknown view": ("stage2_b", "views.long.name=multiblock", 'Did you mean "multi_block"'),
+    "unknown distance": ("stage2_b", "target.loss=l3", "target.loss must be one of l1, cosine"),
+    "predictor without heads": ("stage2_b", "predictor.heads=0", "heads must be at least 1"),
+    "growing average": ("stage2_b", "ema_final=1.5", "ema_final must be between 0 and 1"),
+    "no module": ("cma_b", "fusion.modules=0", "fusion.modules must be at least 1"),
+    "unknown reading": ("cma_b", "fusion.reading=R3", "fusion.reading must be one of"),
+    "unknown tower": ("cma_b", "multimodal.name=clap", 'Did you mean "clip"'),
+    "no frame for the tower": ("cma_b", "multimodal.frames=0", "frames must be at least 1"),
+    "decoder sees nothing": ("mae_v2_b", "target.decoder_mask.ratio=1.0", "ratio must lie between"),
+    "unknown decoder mask": ("mae_v2_b", "target.decoder_mask.name=tub", 'Did you mean "tube"'),
+}
+
+
 @pytest.fixture
 def run(videos, tmp_path, monkeypatch, capsys):
     """Runs the training command in this process; gives exit code, message and seconds."""
@@ -104,12 +146,12 @@ def run(videos, tmp_path, monkeypatch, capsys):
     # The only thing left out: joining the processes, which must come before JAX is used at all.
     monkeypatch.setattr(runtime, "start", lambda *_: None)
 
-    def call(words: str):
+    def call(words: str, recipe: str = RECIPE):
         typed = [w.format(videos=videos) for w in words.split()]
         good = [f"--config.data.train={videos}", f"--workdir={tmp_path / 'workdir'}"]
         begin = time.monotonic()
         with pytest.raises(SystemExit) as ended:
-            train.main([f"--config={RECIPE}", *good, *typed])
+            train.main([f"--config={recipe}", *good, *typed])
         return ended.value.code, capsys.readouterr().err, time.monotonic() - begin
 
     return call
@@ -125,6 +167,30 @@ def test_mistake(run, what, tmp_path):
     assert len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) < 500
     assert not (tmp_path / "workdir" / "checkpoints").exists()
     assert seconds < 60  # the clock only guards against starting the long work; typical is below 1
+
+
+@pytest.mark.parametrize("what", OTHER_KINDS)
+def test_mistake_in_another_kind_of_stage(run, what):
+    name, typed, message = OTHER_KINDS[what]
+    recipe = next(REPOSITORY.glob(f"configs/*/{name}.py"))
+    stage = {"finetune": "finetune", "distill": "aligned", "stage2": "latent", "cma": "fused"}
+    words = f"--config.stages.{stage.get(name.split('_')[0], 'masked')}.{typed}"
+    code, text, _ = run(words, recipe=f"{recipe}:smoke")
+    assert code == 2 and re.search(message, text), text
+    assert text.startswith("error: ") and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("evals.multi_view.crops=2", "evals.multi_view.crops must be 1 or 3; got"),
+        ("evals.multi_view.clips=0", "evals.multi_view.clips must be at least 1; got"),
+    ],
+)
+def test_mistake_in_an_evaluation(run, typed, message):
+    recipe = REPOSITORY / "configs/internvideo2/finetune_b.py:smoke"
+    code, text, _ = run(f"--config.{typed}", recipe=recipe)
+    assert code == 2 and message in text
 
 
 def test_all_mistakes_of_a_config_are_told_together(run):
