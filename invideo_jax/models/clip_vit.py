@@ -281,7 +281,8 @@ def class_attention(model: ClipViT, params: PyTree, tokens: jax.Array) -> jax.Ar
     )
     heads = lambda y: rearrange(y, "b n (k d) -> b k n d", k=model.heads)
     query, key = heads(linear("query", x[:, :1])), heads(linear("key", x))
-    scores = jnp.matmul(query, key.swapaxes(2, 3)).astype(jnp.float32)
+    wide = jnp.promote_types(model.dtype, jnp.float32)
+    scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=wide)
     weights = jax.nn.softmax(scores * (model.width // model.heads) ** -0.5, axis=-1)
     weights = weights.mean(axis=1)[:, 0, 1:]
     return weights.reshape(len(tokens), -1)

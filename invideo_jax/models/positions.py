@@ -155,6 +155,17 @@ def _middles(old: int, new: int) -> np.ndarray:
     return (np.arange(new, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
 
 
+def cubic_matrix(old: int, new: int) -> np.ndarray:
+    """What `new` samples are of `old` ones along one axis, float32 [new, old]; rows add up to 1.
+
+    Source: PyTorch `interpolate`, mode bicubic, align_corners=False, without antialiasing.
+    """
+    made = np.zeros((new, old), np.float32)
+    weights, places = _cubic(old, new)
+    np.add.at(made, (np.arange(new)[:, None], places), weights)  # places at a border coincide
+    return made
+
+
 def _linear(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
     middle = np.maximum(_middles(old, new), 0)
     low = np.floor(middle).astype(int)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from invideo_jax import losses
-from invideo_jax.models import clip_vit, pixels, video_encoder, video_mae
+from invideo_jax.models import clip_vit, pixels, positions, video_encoder, video_mae
 from invideo_jax.models.alignment import last_blocks
 from invideo_jax.registry import Registry
 
@@ -80,14 +80,19 @@ class Teacher:
         return losses.unit(x).astype(x.dtype) if self.normalise else x
 
     def _fit(self, video: jax.Array) -> jax.Array:
-        """Frames in the size that the encoder takes."""
+        """Frames in the size that the encoder takes: bicubic, without antialiasing, as released.
+
+        Source: InternVideo2 engine_for_pretraining.py, UMT engine_for_pretraining_umt.py.
+        """
         size = self.encoder.image_size
         if video.shape[2:4] == (size, size):
             return video
         if video.dtype == jnp.uint8:
             video = pixels.normalise(video, self.encoder.normalisation, self.encoder.dtype)
-        shape = (*video.shape[:2], size, size, video.shape[-1])
-        return jax.image.resize(video, shape, "linear", antialias=True)
+        rows, columns = (positions.cubic_matrix(old, size) for old in video.shape[2:4])
+        wide = jnp.promote_types(video.dtype, jnp.float32)
+        once = jnp.einsum("bthwc,vw->bthvc", video.astype(wide), columns)
+        return jnp.einsum("bthvc,uh->btuvc", once, rows).astype(video.dtype)
 
 
 def _touch_all(encoder: nn.Module, video: jax.Array, visible: jax.Array) -> jax.Array:
@@ -239,7 +244,11 @@ def clip(
     interval: float = 1.0,
     **overrides: Any,
 ) -> ClipTeacher:
-    """CLIP over clips of `frames`; `overrides` are attributes of `ClipViT`."""
+    """CLIP over clips of `frames`; `overrides` are attributes of `ClipViT`.
+
+    UMT's engine gives CLIP the student's normalised clip as it is, so with ImageNet's constants: for teachers
+    exactly as released say normalisation='imagenet'. The default is CLIP's own, which it was trained with.
+    """
     encoder = clip_vit.build(size, frames=frames, image_size=image_size, **overrides)
     return ClipTeacher(encoder, last_blocks(encoder.depth, layers, interval))
 

@@ -11,7 +11,7 @@ import pytest
 from invideo_jax import sharding
 from invideo_jax.errors import UserError
 from invideo_jax.interop.to_torch import to_state_dict
-from invideo_jax.models import positions, teachers, umt, video_mae
+from invideo_jax.models import clip_vit, pixels, positions, teachers, umt, video_mae
 
 VIDEO = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3), np.uint8))
 
@@ -135,6 +135,132 @@ def test_frames_are_resized_for_the_teacher():
     run = jax.jit(teacher)
     small = run(params, jnp.full((1, 4, 24, 24, 3), 77, jnp.uint8))["middle"]
     np.testing.assert_allclose(run(params, flat)["middle"], small, atol=1e-5)
+
+
+def test_frames_are_resized_as_released():
+    torch = pytest.importorskip("torch")
+    teacher = teachers.video_mae_teacher("Micro", frames=4, image_size=24, layers=1)
+    clip = pixels.normalise(VIDEO, "imagenet")
+    rows = torch.from_numpy(np.asarray(clip).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2)
+    want = torch.nn.functional.interpolate(rows, (24, 24), mode="bicubic", align_corners=False)
+    want = want.permute(0, 2, 3, 1).reshape(2, 4, 24, 24, 3).numpy()
+    for video in (VIDEO, clip):
+        np.testing.assert_allclose(teacher._fit(video), want, atol=2e-5)
+    half = teachers.clip("Micro", frames=4, image_size=24, layers=1, dtype=jnp.bfloat16)
+    assert half._fit(VIDEO).dtype == jnp.bfloat16
+
+
+def test_constants_of_clip_are_a_switch():
+    """UMT as released: CLIP sees the clip that the student sees."""
+    options = dict(frames=4, image_size=32, layers=1)
+    own, released = (
+        teachers.clip("Micro", **options, **more) for more in ({}, dict(normalisation="imagenet"))
+    )
+    params = perturbed(own)
+    seen = {
+        name: jax.jit(own)(params, pixels.normalise(VIDEO, name))["middle"]
+        for name in ("clip", "imagenet")
+    }
+    np.testing.assert_allclose(jax.jit(own)(params, VIDEO)["middle"], seen["clip"], atol=1e-6)
+    made = jax.jit(released)(params, VIDEO)["middle"]
+    np.testing.assert_allclose(made, seen["imagenet"], atol=1e-6)
+    assert np.abs(made - seen["clip"]).max() > 1e-3
+
+
+def test_scores_of_attention_are_never_bfloat16():
+    teacher = teachers.clip("Micro", frames=4, image_size=32, layers=1, dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 4 * 17, 48), jnp.bfloat16)
+    run = lambda p, x: clip_vit.class_attention(teacher.encoder, p, x)
+    dots = [
+        eqn.outvars[0].aval.dtype
+        for eqn in jax.make_jaxpr(run)(perturbed(teacher), tokens).eqns
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert dots == [jnp.bfloat16, jnp.bfloat16, jnp.float32]  # query, key, scores
+
+
+def test_frames_are_resized_as_released():
+    torch = pytest.importorskip("torch")
+    teacher = teachers.video_mae_teacher("Micro", frames=4, image_size=24, layers=1)
+    clip = pixels.normalise(VIDEO, "imagenet")
+    rows = torch.from_numpy(np.asarray(clip).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2)
+    want = torch.nn.functional.interpolate(rows, (24, 24), mode="bicubic", align_corners=False)
+    want = want.permute(0, 2, 3, 1).reshape(2, 4, 24, 24, 3).numpy()
+    for video in (VIDEO, clip):
+        np.testing.assert_allclose(teacher._fit(video), want, atol=2e-5)
+    half = teachers.clip("Micro", frames=4, image_size=24, layers=1, dtype=jnp.bfloat16)
+    assert half._fit(VIDEO).dtype == jnp.bfloat16
+
+
+def test_constants_of_clip_are_a_switch():
+    """UMT as released: CLIP sees the clip that the student sees."""
+    options = dict(frames=4, image_size=32, layers=1)
+    own, released = (
+        teachers.clip("Micro", **options, **more) for more in ({}, dict(normalisation="imagenet"))
+    )
+    params = perturbed(own)
+    seen = {
+        name: jax.jit(own)(params, pixels.normalise(VIDEO, name))["middle"]
+        for name in ("clip", "imagenet")
+    }
+    np.testing.assert_allclose(jax.jit(own)(params, VIDEO)["middle"], seen["clip"], atol=1e-6)
+    made = jax.jit(released)(params, VIDEO)["middle"]
+    np.testing.assert_allclose(made, seen["imagenet"], atol=1e-6)
+    assert np.abs(made - seen["clip"]).max() > 1e-3
+
+
+def test_scores_of_attention_are_never_bfloat16():
+    teacher = teachers.clip("Micro", frames=4, image_size=32, layers=1, dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 4 * 17, 48), jnp.bfloat16)
+    run = lambda p, x: clip_vit.class_attention(teacher.encoder, p, x)
+    dots = [
+        eqn.outvars[0].aval.dtype
+        for eqn in jax.make_jaxpr(run)(perturbed(teacher), tokens).eqns
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert dots == [jnp.bfloat16, jnp.bfloat16, jnp.float32]  # query, key, scores
+
+
+def test_frames_are_resized_as_released():
+    torch = pytest.importorskip("torch")
+    teacher = teachers.video_mae_teacher("Micro", frames=4, image_size=24, layers=1)
+    clip = pixels.normalise(VIDEO, "imagenet")
+    rows = torch.from_numpy(np.asarray(clip).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2)
+    want = torch.nn.functional.interpolate(rows, (24, 24), mode="bicubic", align_corners=False)
+    want = want.permute(0, 2, 3, 1).reshape(2, 4, 24, 24, 3).numpy()
+    for video in (VIDEO, clip):
+        np.testing.assert_allclose(teacher._fit(video), want, atol=2e-5)
+    half = teachers.clip("Micro", frames=4, image_size=24, layers=1, dtype=jnp.bfloat16)
+    assert half._fit(VIDEO).dtype == jnp.bfloat16
+
+
+def test_constants_of_clip_are_a_switch():
+    """UMT as released: CLIP sees the clip that the student sees."""
+    options = dict(frames=4, image_size=32, layers=1)
+    own, released = (
+        teachers.clip("Micro", **options, **more) for more in ({}, dict(normalisation="imagenet"))
+    )
+    params = perturbed(own)
+    seen = {
+        name: jax.jit(own)(params, pixels.normalise(VIDEO, name))["middle"]
+        for name in ("clip", "imagenet")
+    }
+    np.testing.assert_allclose(jax.jit(own)(params, VIDEO)["middle"], seen["clip"], atol=1e-6)
+    made = jax.jit(released)(params, VIDEO)["middle"]
+    np.testing.assert_allclose(made, seen["imagenet"], atol=1e-6)
+    assert np.abs(made - seen["clip"]).max() > 1e-3
+
+
+def test_scores_of_attention_are_never_bfloat16():
+    teacher = teachers.clip("Micro", frames=4, image_size=32, layers=1, dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 4 * 17, 48), jnp.bfloat16)
+    run = lambda p, x: clip_vit.class_attention(teacher.encoder, p, x)
+    dots = [
+        eqn.outvars[0].aval.dtype
+        for eqn in jax.make_jaxpr(run)(perturbed(teacher), tokens).eqns
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert dots == [jnp.bfloat16, jnp.bfloat16, jnp.float32]  # query, key, scores
 
 
 def test_features_are_kept_in_the_dtype_of_the_teacher():
