@@ -99,8 +99,9 @@ def open_encoder(
 def _module(source: handover.Source) -> tuple[nn.Module, str]:
     """The encoder as it was trained, and where its parameters are."""
     meta = source.meta
-    if "arguments" in meta:
-        return imported.encoder_of(imported.make(meta))
+    # What a checkpoint says of its model needs no recipe, which another version may read otherwise.
+    if text := meta if "arguments" in meta else meta.get("model"):
+        return imported.encoder_of(imported.make(text))
     if "config" not in meta:  # parts of several models, 'PART=SPEC;PART=SPEC'
         raise UserError(
             "--checkpoint must name one workdir or one folder of imported weights; got parts of a "
