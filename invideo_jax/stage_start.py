@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
-from invideo_jax import config as config_lib
 from invideo_jax import handover, sharding
 from invideo_jax.errors import UserError
 from invideo_jax.handover.matching import Grid
 from invideo_jax.interop import models
-from invideo_jax.programs import Program, base
+from invideo_jax.programs import Program
 from invideo_jax.state import TrainState
 
 FRESH = "fresh"  # as `init.source`: from nothing, whatever else `init` says
@@ -114,12 +112,9 @@ def _open(spec: str, ema: bool, before: TrainState | None, key: str) -> handover
 
 def _grid(meta: Mapping[str, Any]) -> Grid | None:
     """Tokens (t, h, w) of the encoder that the parameters were made for, where that is known."""
-    workdir = "config" in meta
-    text = meta.get("model") if workdir else meta
-    if workdir and not text:  # a model that cannot be written as text; its encoder sees whole clips
-        saved = config_lib.from_saved(meta["config"])
-        return base.encoder(saved, meta["stage"], dtype=jnp.float32).grid
-    if "arguments" not in text:
+    # Of a run, its model and never its recipe: students see fewer frames than the clips that are read.
+    text = meta.get("model") if "config" in meta else meta
+    if not text or "arguments" not in text:
         return None
     try:
         return models.encoder_of(models.make(text))[0].grid
