@@ -146,9 +146,10 @@ class Run:
     def _program(self, stage: stages.Stage) -> programs.Program:
         """The stage's program, checked against mesh and data before anything is compiled."""
         options, videos = self.config.stages[stage.name], sum(map(len, self.sources))
-        if videos < stage.batch_size:
+        each = options.clip.get("repeats", 1)
+        if videos * each < stage.batch_size:
             raise UserError(
-                f"The training set must hold at least one batch; got {videos} videos, "
+                f"The training set must hold at least one batch; got {videos} videos with {each} clips of each, "
                 f"stages.{stage.name}.batch_size={stage.batch_size}. Lower the batch size or add videos."
             )
         if stage.steps * stage.batch_size > MAX_POSITIONS:
@@ -158,9 +159,11 @@ class Run:
             )
         sharding.check_batch(self.mesh, stage.batch_size, accumulation=options.accumulation)
         program = programs.program(self.config, stage)
-        sharding.check_heads(self.mesh, program.encoder.heads)
-        if hasattr(program.model, "decoder_heads"):
-            sharding.check_heads(self.mesh, program.model.decoder_heads, name="decoder_heads")
+        for name, heads in sharding.heads_of(program.model):
+            sharding.check_heads(self.mesh, heads, name=name)
+        for teacher, frozen in program.teacher.models.items() if program.teacher else ():
+            for name, heads in sharding.heads_of(frozen.model) if frozen.model else ():
+                sharding.check_heads(self.mesh, heads, name=f"teachers.{teacher}.{name}")
         return program
 
     def _plan_starts(self) -> dict[str, stage_start.Start]:

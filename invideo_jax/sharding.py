@@ -6,6 +6,7 @@ sharding constraints would silently do nothing. An unknown logical name is an er
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -228,6 +229,16 @@ def check_heads(mesh: Mesh, heads: int, *, name="heads") -> None:
             f"The number of heads must be a multiple of mesh.tensor; got {name}={heads}, "
             f"tensor={tensor}. Use mesh.tensor from: {_listed(divisors(heads))}."
         )
+
+
+def heads_of(module: nn.Module, at: str = "") -> Iterator[tuple[str, int]]:
+    """Numbers of attention heads of a model and of the models in it, each with its path ('predictor.heads')."""
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if field.name in ("heads", "decoder_heads"):
+            yield f"{at}{field.name}", value
+        elif isinstance(value, nn.Module) and field.name != "parent":
+            yield from heads_of(value, f"{at}{field.name}.")
 
 
 # --------------------------------------------------------------------------------------- the state

@@ -193,6 +193,32 @@ def test_mistake_in_an_evaluation(run, typed, message):
     assert code == 2 and message in text
 
 
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        ("internvideo_next/stage2_b", "model.size=Nano", "got predictor.heads=3, tensor=2"),
+        ("internvideo2/distill_b", "model.size=Nano", "got teachers.clip.heads=3, tensor=2"),
+        ("internvideo1/cma_b", "stages.fused.fusion.heads=1", "got heads=1, tensor=2"),
+        ("internvideo1/cma_b", "stages.fused.mix.group=3", "mix.group must divide batch_size"),
+    ],
+)
+def test_mistake_in_a_part_of_the_model(run, name, typed, message):
+    recipe = REPOSITORY / f"configs/{name}.py:smoke"
+    code, text, _ = run(f"--config.{typed} --config.mesh.tensor=2", recipe=recipe)
+    assert code == 2 and message in text, text
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"), [(24, "heads=2, tensor=4"), (32, "12 videos with 2")]
+)
+def test_a_batch_may_hold_every_clip_of_every_video(run, batch, message):
+    """12 videos give 24 clips: the first batch is refused for the mesh alone, which is looked at later."""
+    words = f"--config.stages.finetune.batch_size={batch} --config.mesh.tensor=4"
+    recipe = REPOSITORY / "configs/internvideo2/finetune_b.py:smoke"
+    code, text, _ = run(f"--config.model.size=Nano {words}", recipe=recipe)
+    assert code == 2 and message in text, text
+
+
 def test_all_mistakes_of_a_config_are_told_together(run):
     code, text, _ = run("--config.seed=-1 --config.stages.masked.mask.ratio=2 --config.log.every=x")
     assert code == 2 and text.startswith("error: 3 mistakes:")

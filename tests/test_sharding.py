@@ -182,6 +182,12 @@ def test_heads_must_be_whole_on_each_device():
         sharding.check_heads(mesh, 6)
 
 
+def test_heads_of_all_models_in_a_model():
+    model = video_mae.build("Micro")
+    found = dict(sharding.heads_of(model))
+    assert found == {"encoder.heads": model.encoder.heads, "decoder_heads": model.decoder_heads}
+
+
 # --------------------------------------------------------------------------------------- the state
 
 

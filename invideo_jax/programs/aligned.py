@@ -188,7 +188,7 @@ def teacher_models(config: Config, stage_name: str) -> dict[str, base.Frozen]:
         if options.old_frames:
             of_plan |= dict(old_frames=options.old_frames)
         of_plan |= dict(grid=encoder.grid, tubelet=encoder.tubelet)
-        found[name] = base.Frozen(options.source, init, of_plan)
+        found[name] = base.Frozen(options.source, init, of_plan, encoder)
     return found
 
 

@@ -44,11 +44,13 @@ class Frozen:
         init_params: () -> boxed parameters; gives shapes and logical axes, and with 'random:SEED'
             the weights themselves.
         options: further keyword arguments of `handover.read` (renaming, old frames).
+        model: the linen module of the parameters; None where it is a part of the program's.
     """
 
     source: str
     init_params: Callable[[], PyTree]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: nn.Module | None = None
 
 
 @dataclasses.dataclass(frozen=True)

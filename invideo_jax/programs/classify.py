@@ -26,16 +26,21 @@ def model(
 def check(config: ml_collections.ConfigDict, stage_name: str) -> None:
     """Raises ValueError or TypeError for what does not fit together; touches no device."""
     stage, made = config.stages[stage_name], model(config, stage_name, dtype=jnp.float32)
+    check_mix(stage)
+    if made.counts_batches and stage.accumulation > 1:
+        raise UserError(
+            f"head.merge_norm={made.merge_norm!r} normalises over the whole batch, so accumulation "
+            f"must be 1; got accumulation={stage.accumulation}. Use merge_norm='LN', or a smaller batch."
+        )
+
+
+def check_mix(stage: ml_collections.ConfigDict) -> None:
+    """Raises UserError unless batches consist of whole groups of clips that are mixed with each other."""
     group = stage.mix.group
     if group and stage.batch_size % group:
         raise UserError(
             f"mix.group must divide batch_size; got group={group}, batch_size={stage.batch_size}. "
             "Use a divisor, or 0 for one draw a batch."
-        )
-    if made.counts_batches and stage.accumulation > 1:
-        raise UserError(
-            f"head.merge_norm={made.merge_norm!r} normalises over the whole batch, so accumulation "
-            f"must be 1; got accumulation={stage.accumulation}. Use merge_norm='LN', or a smaller batch."
         )
 
 

@@ -6,6 +6,7 @@ import ml_collections
 
 from invideo_jax.models import fusion
 from invideo_jax.programs import base
+from invideo_jax.programs.classify import check_mix
 from invideo_jax.registry import Registry
 from invideo_jax.stages import Stage
 from invideo_jax.steps import classify
@@ -45,6 +46,7 @@ def model(
 def check(config: Config, stage_name: str) -> None:
     """Raises ValueError or TypeError for what does not fit together; touches no device."""
     model(config, stage_name, dtype=jnp.float32)
+    check_mix(config.stages[stage_name])
 
 
 def program(config: Config, stage: Stage) -> base.Program:
