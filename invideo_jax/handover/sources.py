@@ -71,9 +71,10 @@ def open_source(spec: str, *, ema: bool = True, key: str = "stages.NAME.init") -
     place = pathlib.Path(folder)
     if weights.is_folder(place):
         return _folder(place)
-    if place.is_file():
+    if place.is_file() or (place / "config.json").is_file() and _torch_files(place):
+        what = "file" if place.is_file() else "folder for PyTorch"
         raise UserError(
-            f"{name} must be a folder; got the file {place}. Convert it once: python -m "
+            f"{name} must be a folder of ours; got the {what} {place}. Convert it once: python -m "
             f"invideo_jax.interop.from_torch --layout=NAME --input={place} --output=DIR"
         )
     if not place.is_dir() or not stored.numbered(stored.find(place)):
@@ -82,6 +83,10 @@ def open_source(spec: str, *, ema: bool = True, key: str = "stages.NAME.init") -
             f"weights; got {spec!r}, which is {'neither' if place.is_dir() else 'not there'}."
         )
     return _workdir(place, int(step) if step else None, ema)
+
+
+def _torch_files(place: pathlib.Path) -> bool:
+    return any(x.suffix in (".safetensors", ".pt", ".pth", ".bin") for x in place.iterdir())
 
 
 def _joined(parts: Mapping[str, Source]) -> Source:

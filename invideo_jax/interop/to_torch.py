@@ -204,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         checked = found["checked"]
         if "not" in checked:
             print(
-                f"not checked: {checked['not']}. Check later: python -m invideo_jax.interop.verify"
+                f"not checked: {checked['not']}. Check later: python -m "
+                f"invideo_jax.interop.verify {arguments.output}"
             )
             return 0
         for name, gap in checked["differences"].items():
