@@ -101,25 +101,3 @@ def test_frames_are_resized_as_torch_does(old, new):
     rows, columns = positions.cubic_matrix(old, new), positions.cubic_matrix(old + 1, new)
     np.testing.assert_allclose(rows.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(rows @ x @ columns.T, want, atol=2e-5)
-
-
-@pytest.mark.parametrize("old, new", [(7, 5), (4, 9), (224, 196), (3, 3)])
-def test_frames_are_resized_as_torch_does(old, new):
-    torch = pytest.importorskip("torch")
-    x = np.random.default_rng(0).standard_normal((2, 1, old, old + 1), np.float32)
-    size = dict(size=(new, new), mode="bicubic", align_corners=False, antialias=False)
-    want = torch.nn.functional.interpolate(torch.from_numpy(x), **size).numpy()
-    rows, columns = positions.cubic_matrix(old, new), positions.cubic_matrix(old + 1, new)
-    np.testing.assert_allclose(rows.sum(1), 1, atol=1e-6)
-    np.testing.assert_allclose(rows @ x @ columns.T, want, atol=2e-5)
-
-
-@pytest.mark.parametrize("old, new", [(7, 5), (4, 9), (224, 196), (3, 3)])
-def test_frames_are_resized_as_torch_does(old, new):
-    torch = pytest.importorskip("torch")
-    x = np.random.default_rng(0).standard_normal((2, 1, old, old + 1), np.float32)
-    size = dict(size=(new, new), mode="bicubic", align_corners=False, antialias=False)
-    want = torch.nn.functional.interpolate(torch.from_numpy(x), **size).numpy()
-    rows, columns = positions.cubic_matrix(old, new), positions.cubic_matrix(old + 1, new)
-    np.testing.assert_allclose(rows.sum(1), 1, atol=1e-6)
-    np.testing.assert_allclose(rows @ x @ columns.T, want, atol=2e-5)
