@@ -69,6 +69,11 @@ def _split(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)  # [B, K, N, head]
 
 
+def fold(keys: jax.Array | None, use: int) -> jax.Array | None:
+    """One key of each example for one of several uses, [B]; None stays None."""
+    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
+
+
 def drop(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
     """Dropout: sets a share `rate` of numbers to 0 and scales up the others.
 

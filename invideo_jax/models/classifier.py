@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from invideo_jax.errors import UserError
 from invideo_jax.models import pixels, video_mae
+from invideo_jax.models.attention import drop, fold
 from invideo_jax.models.layers import LayerNorm, Linear, named
 from invideo_jax.registry import Registry, nearest
 
@@ -171,8 +172,7 @@ class Classifier(nn.Module):
             [B, L, C], 'down_norm' [B, C, L] ([B, L, C] with 'LN') and 'statistics' ('mean',
             'variance', each [C], in training).
         """
-        drop, dropout = (None, None) if keys is None else (_fold(keys, 0), _fold(keys, 1))
-        tokens, out = self.encoder(video, keys=drop, features=features)
+        tokens, out = self.encoder(video, keys=fold(keys, 0), features=features)
         pooled = self.encoder.pooled(tokens)
         out |= {"tokens": tokens, "pooled": pooled}
         if self.variant == "attentive":
@@ -184,8 +184,7 @@ class Classifier(nn.Module):
             merged, more = self._merged(tokens, train)
             out |= more
             last = jnp.concatenate([merged, last], -1) if "proj" in self.merge else merged
-        if dropout is not None and self.dropout:
-            last = _dropout(last, dropout, self.dropout)
+        last = drop(last, fold(keys, 1), self.dropout)
         return self.head(last.astype(jnp.promote_types(last.dtype, jnp.float32))), out
 
     def _merged(self, tokens: jax.Array, train: bool) -> tuple[jax.Array, dict[str, Any]]:
@@ -227,15 +226,6 @@ class ExtraMlp(nn.Module):
             name="down",
         )
         return down(jax.nn.gelu(up(y), approximate=False))
-
-
-def _fold(keys: jax.Array, use: int) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
-
-
-def _dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(kept, x / (1 - rate), 0)
 
 
 def _normal(deviation: float):

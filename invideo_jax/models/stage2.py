@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from invideo_jax import losses
 from invideo_jax.models.alignment import AlignedEncoder, ProjectedEncoder
+from invideo_jax.models.attention import fold
 from invideo_jax.models.layers import Linear, named
-from invideo_jax.models.text_encoder import Bert, ClipText, fold
+from invideo_jax.models.text_encoder import Bert, ClipText
 
 PyTree = Any
 

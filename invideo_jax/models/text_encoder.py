@@ -14,18 +14,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from invideo_jax import masking
 from invideo_jax.errors import UserError
-from invideo_jax.models.attention import attend, drop
+from invideo_jax.models.attention import attend, drop, fold
 from invideo_jax.models.checks import check_multiple
 from invideo_jax.models.layers import LayerNorm, Linear, Mlp, Stack, activation, named
 from invideo_jax.sharding import constrain
 
 PyTree = Any
 _NORMAL = nn.initializers.normal(0.02)  # BERT's and CLIP's; CLIP has narrower ones in places
-
-
-def fold(keys: jax.Array | None, use: int) -> jax.Array | None:
-    """Keys [B] for one of several uses; None stays None."""
-    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
 class TextAttention(nn.Module):

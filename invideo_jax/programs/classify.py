@@ -9,6 +9,7 @@ from invideo_jax.models import classifier
 from invideo_jax.programs import base
 from invideo_jax.stages import Stage
 from invideo_jax.steps import classify
+from invideo_jax.steps.update import named_averages
 
 
 def model(
@@ -63,8 +64,10 @@ def program(config: ml_collections.ConfigDict, stage: Stage) -> base.Program:
             smoothing=options.smoothing,
             **of_update,
         ),
-        eval_loss=classify.make_eval_loss(
-            model=made, stage_key=jax.random.fold_in(key, base.EVAL_STREAM)
+        eval_loss=named_averages(
+            classify.make_loss(
+                model=made, stage_key=jax.random.fold_in(key, base.EVAL_STREAM), train=False
+            )
         ),
         predict=predict,
         visible_tokens=made.encoder.tokens,

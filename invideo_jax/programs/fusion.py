@@ -10,6 +10,7 @@ from invideo_jax.programs.classify import check_mix
 from invideo_jax.registry import Registry
 from invideo_jax.stages import Stage
 from invideo_jax.steps import classify
+from invideo_jax.steps.update import named_averages
 
 Config = ml_collections.ConfigDict
 
@@ -70,8 +71,10 @@ def program(config: Config, stage: Stage) -> base.Program:
             smoothing=options.smoothing,
             **of_update,
         ),
-        eval_loss=classify.make_eval_loss(
-            model=made, stage_key=jax.random.fold_in(key, base.EVAL_STREAM)
+        eval_loss=named_averages(
+            classify.make_loss(
+                model=made, stage_key=jax.random.fold_in(key, base.EVAL_STREAM), train=False
+            )
         ),
         predict=predict,
         visible_tokens=seen.tokens,

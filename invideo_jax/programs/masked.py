@@ -10,6 +10,7 @@ from invideo_jax.programs import base
 from invideo_jax.scale import flops
 from invideo_jax.stages import Stage
 from invideo_jax.steps import masked
+from invideo_jax.steps.update import named_averages
 
 
 def model(
@@ -67,7 +68,7 @@ def program(config: ml_collections.ConfigDict, stage: Stage) -> base.Program:
         model=made,
         encoder=made.encoder,
         train_step=masked.make_train_step(model=made, stage_key=key, **loss, **of_update),
-        eval_loss=masked.make_eval_loss(**held_out, **loss),
+        eval_loss=named_averages(masked.make_loss(train=False, **held_out, **loss)),
         reconstruct=masked.make_reconstruct(
             **held_out, mask=mask, normalise=options.target.normalise
         ),

@@ -11,6 +11,7 @@ from invideo_jax import losses, mixing
 from invideo_jax.errors import UserError
 from invideo_jax.losses import Mean
 from invideo_jax.models import pixels
+from invideo_jax.models.attention import fold
 from invideo_jax.models.classifier import Classifier, with_statistics
 from invideo_jax.state import TrainState
 from invideo_jax.steps.masked import example_keys, host_key
@@ -20,11 +21,6 @@ PyTree = Any
 
 _MIX, _MODEL = 2, 3  # what keys are folded with, for each use
 _STATISTICS = "batch_statistics/"
-
-
-def fold(keys: jax.Array, use: int) -> jax.Array:
-    """Keys [B] for one use of those of examples."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
 def mixed_batch(batch: Batch, stage_key: jax.Array, *, group: int = 0, **options: Any) -> Batch:
@@ -206,17 +202,6 @@ def _count_batch(state: TrainState, metrics: Metrics) -> TrainState:
 
 def _buffers(norm: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: norm[name] for name in ("mean", "variance", "batches")}
-
-
-def make_eval_loss(**options: Any) -> Callable[[PyTree, Batch], dict[str, Mean]]:
-    """(params, batch) -> `loss` and `accuracy` over rows whose labels are known; see `make_loss`."""
-    loss_fn = make_loss(train=False, **options)
-
-    def evaluate(params: PyTree, batch: Batch) -> dict[str, Mean]:
-        loss, averages = loss_fn(params, batch)
-        return {"loss": loss} | averages
-
-    return evaluate
 
 
 def make_predict(*, model: Classifier) -> Callable[[PyTree, Batch], jax.Array]:

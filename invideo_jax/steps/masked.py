@@ -16,6 +16,7 @@ import optax
 from invideo_jax import losses, masking
 from invideo_jax.losses import Mean
 from invideo_jax.models import pixels
+from invideo_jax.models.attention import fold
 from invideo_jax.models.video_mae import VideoMAE
 from invideo_jax.registry import Registry
 from invideo_jax.state import TrainState
@@ -44,11 +45,6 @@ def example_keys(stage_key: np.ndarray | jax.Array, position: jax.Array) -> jax.
         position: uint32 [B], the example's place in the order of its stage.
     """
     return jax.vmap(lambda p: jax.random.fold_in(stage_key, p))(position)
-
-
-def fold(keys: jax.Array, use: int) -> jax.Array:
-    """One key of each example for one use (`MASK`, `DROP_PATH`, ...)."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
 def draw_mask(
@@ -208,17 +204,6 @@ def make_train_step(
     )
 
 
-def make_eval_loss(**options: Any) -> Callable[[PyTree, Batch], dict[str, Mean]]:
-    """(params, batch) -> averages by name, `loss` among them, over valid rows; see `make_loss`."""
-    loss_fn = make_loss(train=False, **options)
-
-    def evaluate(params: PyTree, batch: Batch) -> dict[str, Mean]:
-        loss, averages = loss_fn(params, batch)
-        return {"loss": loss} | averages
-
-    return evaluate
-
-
 def make_reconstruct(
     *, model: VideoMAE, stage_key: jax.Array, mask: Mapping[str, Any], normalise: bool = True
 ) -> Callable[[PyTree, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
@@ -226,7 +211,7 @@ def make_reconstruct(
 
     A model of normalised cubes does not predict a cube's mean and deviation: as in VideoMAE's own
     pictures the true ones are put back, and visible cubes are shown as they are. `masked` is grey
-    where cubes are hidden. The masks are those that `make_eval_loss` draws.
+    where cubes are hidden. The masks are those that `make_loss` draws.
     """
     key, encoder = host_key(stage_key), model.encoder
     cut = functools.partial(pixels.patchify, tubelet=encoder.tubelet, patch=encoder.patch)

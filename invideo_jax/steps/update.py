@@ -106,6 +106,16 @@ def update(
     return new, metrics
 
 
+def named_averages(loss_fn: LossFn) -> Callable[[PyTree, Batch], dict[str, Mean]]:
+    """(params, batch) -> averages by name, `loss` among them: what evaluations take."""
+
+    def evaluate(params: PyTree, batch: Batch) -> dict[str, Mean]:
+        loss, averages = loss_fn(params, batch)
+        return {"loss": loss} | averages
+
+    return evaluate
+
+
 def gradients(
     loss_fn: LossFn, params: PyTree, batch: Batch, *, trainable: PyTree, accumulation: int = 1
 ) -> tuple[Mean, dict[str, Mean], PyTree]:
@@ -139,18 +149,54 @@ def _accumulate(grad: Callable, params: PyTree, batch: Batch, parts: int):
             f"The batch must be a multiple of accumulation; got batch={max(rows.values())}, "
             f"accumulation={parts}. Change either."
         )
-    # Microbatch m takes rows m, m + parts, ...: every device keeps working on rows it holds.
-    cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    micro = {name: cut(x) for name, x in batch.items()}
+    micro = _microbatches(batch, parts)
     widen = lambda x: jnp.promote_types(x.dtype, jnp.float32)
     shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, widen(x)), shapes)
 
     def body(sums, rows):
-        rows = {k: constrain(x, "batch", *(None,) * (x.ndim - 1)) for k, x in rows.items()}
-        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, grad(params, rows)), None
+        found = grad(params, _on_rows(rows))
+        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, found), None
 
     return jax.lax.scan(body, zeros, micro)[0]
+
+
+def in_parts(apply: Callable[[PyTree, Batch], dict[str, jax.Array]], rows: int):
+    """`apply` on at most `rows` rows of the batch at a time, so that what it holds for all of them is small.
+
+    Args:
+        apply: (parameters, batch) -> entries [B, ...]; those of a row depend on this row only.
+        rows: of a microbatch of the train step, say. A batch that it does not divide is cut into the fewest
+            equal parts that are as small.
+
+    Returns:
+        The same function.
+    """
+
+    def run(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        whole = next(iter(batch.values())).shape[0]
+        parts = next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= rows)
+        if parts == 1:
+            return apply(params, batch)
+        body = lambda _, micro: (None, _on_rows(apply(params, _on_rows(micro))))
+        _, made = jax.lax.scan(body, None, _microbatches(batch, parts))
+        join = lambda x: x.swapaxes(0, 1).reshape(whole, *x.shape[2:])
+        return _on_rows({name: join(x) for name, x in made.items()})
+
+    return run
+
+
+def _microbatches(batch: Batch, parts: int) -> dict[str, jax.Array]:
+    """Arrays [parts, B / parts, ...]; microbatch m has rows m, m + parts, ... of the batch.
+
+    So every device keeps working on rows it holds.
+    """
+    cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return {name: cut(x) for name, x in batch.items()}
+
+
+def _on_rows(batch: Batch) -> dict[str, jax.Array]:
+    return {k: constrain(x, "batch", *(None,) * (x.ndim - 1)) for k, x in batch.items()}
 
 
 def name_of_leaf(index: int, params: PyTree, trainable: PyTree | None = None) -> str:

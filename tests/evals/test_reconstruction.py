@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec
 from invideo_jax import losses, sharding
 from invideo_jax.evals import EVALUATORS, reconstruction
 from invideo_jax.losses import Mean
-from invideo_jax.models.video_mae import make
 from invideo_jax.models.video_mae import init as init_model
+from invideo_jax.models.video_mae import make
 from invideo_jax.steps import masked
+from invideo_jax.steps.update import named_averages
 
 T, S = 4, 16
 MASK = dict(name="tube", ratio=0.75)
@@ -55,7 +56,7 @@ def tiny():
     )
     params = jax.jit(lambda: sharding.unbox(init_model(model, jax.random.key(0))))()
     options = dict(model=model, stage_key=jax.random.key(1), mask=MASK)
-    eval_loss = jax.jit(masked.make_eval_loss(**options))
+    eval_loss = jax.jit(named_averages(masked.make_loss(train=False, **options)))
     reconstruct = jax.jit(masked.make_reconstruct(**options))
     return model, params, eval_loss, reconstruct
 

@@ -218,3 +218,33 @@ def test_a_batch_without_a_valid_row_changes_only_by_momentum_and_decay():
     )
     assert_same_bits(new.params, params)
     assert float(metrics["loss"].weight) == 0 and int(metrics["first_nonfinite"]) == -1
+
+
+@pytest.mark.parametrize("rows, parts", [(24, 1), (12, 2), (9, 3), (5, 6), (1, 24)])
+def test_in_parts_is_the_same_function(rows, parts):
+    seen = []
+
+    def apply(scale, batch):
+        seen.append(batch["x"].shape[0])
+        return {"sum": scale * batch["x"].sum(1), "twice": 2 * batch["x"]}
+
+    batch = {"x": jnp.arange(48.0).reshape(24, 2), "y": jnp.arange(24)}
+    whole, cut = apply(3.0, batch), steps.in_parts(apply, rows)(3.0, batch)
+    assert set(seen[1:]) == {24 // parts}
+    assert whole.keys() == cut.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], cut[name])
+
+
+def test_parts_bound_the_memory():
+    wide = jnp.ones((16, 4096))
+    apply = lambda w, batch: {"y": jnp.tanh(jnp.tanh(batch["x"] @ w) @ w.T)}
+    held = [
+        jax.jit(steps.in_parts(apply, rows))
+        .lower(wide, {"x": jnp.ones((256, 16))})
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for rows in (256, 128, 16)
+    ]
+    assert held[1] < 0.6 * held[0] and held[2] < 0.15 * held[0], held
