@@ -150,6 +150,7 @@ def evaluators(
     def batches(examples: int, *, of: str = "held_out", taught: bool = True, **views: int):
         sources = dict(held_out=held_out, train=train)[of]
         options = dict(mesh=mesh, sources=sources, examples=examples, ledger=ledger, **views)
+        options |= dict(taught=taught)
         for batch in eval_batches(config, made, **options):
             on_batch()
             yield teach(batch) if taught else batch
@@ -182,8 +183,11 @@ def eval_batches(
     clips: int = 1,
     crops: int = 1,
     ledger: BadLedger | None = None,
+    taught: bool = True,
 ) -> Iterator[Batch]:
     """Device batches of the first `examples` videos, cut as for evaluation; rows beyond are not valid.
+
+    taught=False leaves out what is kept of a teacher on disk.
 
     Each video gives `clips` * `crops` rows, at consecutive positions.
 
@@ -199,4 +203,5 @@ def eval_batches(
     with loader(config, stage, sources, **options, steps=steps, ledger=ledger) as batches:
         for host, info in batches:
             host["valid"] &= host["position"] < examples * each
-            yield sharding.global_batch(made.with_read(host, info), mesh)
+            host = made.with_read(host, info) if taught else host
+            yield sharding.global_batch(host, mesh)

@@ -4,6 +4,7 @@ Any value of the run's config can be set for the evaluation, the held-out videos
 `--config.data.eval=FOLDER --config.evals.reconstruction.examples=1000`.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -105,11 +106,19 @@ def _train_sources(config):
 
 
 def _teach(program: programs.Program, mesh: jax.sharding.Mesh, digest: str):
-    """What adds the teacher's entries to a batch; UserError for another teacher than the run's."""
-    teach, found = teaching.start(program.teacher, mesh)
-    if found != digest:
-        raise UserError(f"The run's teacher must be there (digest {digest}); got {found}.")
-    return teach
+    """What adds the teacher's entries to a batch; UserError for another teacher than the run's.
+
+    It is loaded when the first batch comes: most evaluations ask for none.
+    """
+
+    @functools.cache
+    def loaded():
+        teach, found = teaching.start(program, mesh)
+        if found != digest:
+            raise UserError(f"The run's teacher must be there (digest {digest}); got {found}.")
+        return teach
+
+    return lambda batch: loaded()(batch)
 
 
 def _parameters(folder: pathlib.Path, step: int | None, which: str | None):

@@ -158,6 +158,10 @@ class Reader:
         folder: what `Writer` made.
         facts: what the arrays must belong to.
 
+    Attributes:
+        arrays: name -> dtype and shape of one example.
+        weights: digest of the weights that made them.
+
     Raises:
         UserError: no such folder, or features that belong to something else.
     """
@@ -171,6 +175,7 @@ class Reader:
                 "python -m invideo_jax.teacher_cache --config=... --output=FOLDER"
             )
         _require_same(folder, saved, facts)
+        self.weights: str = saved.get("weights") or saved.get("teacher", "")
         self.arrays = {
             name: (dtype, tuple(shape)) for name, (dtype, shape) in saved["arrays"].items()
         }

@@ -133,6 +133,7 @@ class Run:
         self.plan = place_stages(config, sum(map(len, self.sources)))
         self.programs = {stage.name: self._program(stage) for stage in self.plan}
         self.starts = self._plan_starts()
+        self._look_at_teachers()
         self.data = {
             f"source{number}": {"fingerprint": source.fingerprint(), "weight": weight}
             for number, (source, weight) in enumerate(zip(self.sources, self.weights))
@@ -174,6 +175,17 @@ class Run:
             starts[stage.name] = stage_start.plan(self.config, program, self.mesh, before=before)
             before = program
         return starts
+
+    def _look_at_teachers(self) -> None:
+        """Looks whether the teachers of all stages are there."""
+        data, ids = self.config.data, []
+        if any(program.kept for program in self.programs.values()):
+            asked = self.held_out if "loss" in self.config.evals else []
+            ids = teaching.known_ids([*self.sources, *asked])
+        spare = max(data.bad_count, data.bad_share * len(ids))
+        for name, program in self.programs.items():
+            key = f"stages.{name}.teachers"
+            teaching.check(program, self.mesh, key=key, examples=ids, spare=spare)
 
     def _identity(self) -> dict[str, str]:
         """What all processes must have in common."""
@@ -233,14 +245,12 @@ class Run:
         Raises:
             UserError: another teacher than the one this stage was trained with before.
         """
-        teacher, before = self.programs[stage.name].teacher, self.teacher_digest
-        key = f"stages.{stage.name}.teachers"
-        teach, self.teacher_digest = teaching.start(teacher, self.mesh, key=key)
-        if teacher:
-            sources = ", ".join(
-                f"{name} of {frozen.source}" for name, frozen in teacher.models.items()
-            )
-            self.say(f"Teacher: {sources or 'features from disk'} (digest {self.teacher_digest})")
+        program, before = self.programs[stage.name], self.teacher_digest
+        teach, self.teacher_digest = teaching.start(
+            program, self.mesh, key=f"stages.{stage.name}.teachers", together=_on_all
+        )
+        if line := teaching.about(program, self.teacher_digest):
+            self.say(line)
         if self.step > stage.first and before != self.teacher_digest:
             raise UserError(
                 f"Stage {stage.name} must go on with the teacher it was trained with, of digest {before}; "
@@ -304,14 +314,15 @@ class Run:
             self.say("note: no video is held out (data.eval): evaluations look at training videos")
 
 
-def _on_all(action: Callable[[], Any]) -> None:
+def _on_all(action: Callable[[], Any]) -> Any:
     """Does it on every process; an error of any process is raised on all, so that none waits for it."""
-    error = None
+    error = found = None
     try:
-        action()
+        found = action()
     except Exception as caught:
         error = caught
     runtime.fail_together(error)
+    return found
 
 
 def use_compilation_cache(folder: pathlib.Path) -> None:

@@ -14,11 +14,11 @@ import importlib
 import ml_collections
 
 from invideo_jax.errors import UserError
-from invideo_jax.programs.base import Frozen, Program, Teacher
+from invideo_jax.programs.base import Frozen, Kept, Program, Teacher
 from invideo_jax.registry import nearest
 from invideo_jax.stages import Stage
 
-__all__ = ["PROGRAMS", "Frozen", "Program", "Teacher", "check", "program"]
+__all__ = ["PROGRAMS", "Frozen", "Kept", "Program", "Teacher", "check", "program"]
 
 # stages.NAME.step / stages.NAME.objective -> module
 PROGRAMS = {

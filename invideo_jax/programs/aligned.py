@@ -15,12 +15,12 @@ import ml_collections
 
 from invideo_jax import handover
 from invideo_jax.errors import UserError
-from invideo_jax.feature_store import Reader
-from invideo_jax.models import alignment, teachers, umt
+from invideo_jax.models import alignment, pixels, teachers, umt
 from invideo_jax.models.teachers import TEACHERS
 from invideo_jax.programs import base
 from invideo_jax.stages import Stage
 from invideo_jax.steps import aligned, masked
+from invideo_jax.steps.update import in_parts, named_averages
 
 PyTree = Any
 Config = ml_collections.ConfigDict
@@ -39,6 +39,9 @@ def frozen_models(
             continue
         for key in ("source", "old_frames", "rename", "leftover"):
             del options[key]
+        if constants := options.pop("constants"):
+            pixels.constants(constants)
+            options["normalisation"] = constants
         options["image_size"] = options["image_size"] or stage.clip.size
         found[name] = TEACHERS.get(kind)(
             size,
@@ -202,12 +205,14 @@ def program(config: Config, stage: Stage) -> base.Program:
     options, made = config.stages[stage.name], model(config, stage.name)
     of = frozen_models(config, stage.name)
     init_params = lambda: init_student(made, jax.random.key(config.seed))
-    of_program, of_update = base.parts(config, stage, init_params)
+    pooled = bool(getattr(made, "final", None)) or not base.no_pool(made.encoder)
+    freeze = () if pooled else base.no_pool(made.encoder)
+    of_program, of_update = base.parts(config, stage, init_params, freeze=freeze)
     key, mask = base.stage_key(config, stage), options.mask.to_dict()
     target = dict(ratios=options.target.to_dict(), stride=of.stride, prefix=of.prefix)
     loss = dict(model=made, stage_key=key, objective="aligned", mask=mask, target=target)
     teach = aligned.make_teach(of, stage_key=key, grid=made.encoder.grid, mask=mask)
-    live = dict(teacher=base.Teacher(teacher_models(config, stage.name), teach))
+    teach = in_parts(teach, options.batch_size // options.accumulation)
     built = base.Program(
         **of_program,
         model=made,
@@ -215,24 +220,16 @@ def program(config: Config, stage: Stage) -> base.Program:
         frames=options.clip.frames,
         train_step=masked.make_train_step(**loss, **of_update),
         # Teachers draw with the key of the stage, so the evaluation does as well.
-        eval_loss=masked.make_eval_loss(**loss),
+        eval_loss=named_averages(masked.make_loss(train=False, **loss)),
         visible_tokens=visible_count(config, stage.name) + made.encoder.prefix,
         flops_per_clip=0,
-        **live,
+        teacher=base.Teacher(teacher_models(config, stage.name), teach),
+        pool_trained=pooled,
     )
     flops = base.traced_flops(masked.make_loss(**loss), init_params, built.abstract_batch())
     more = dict(flops_per_clip=flops)
     if options.teachers.cache:
-        more |= dict(teacher=None, read=_reader(config, stage.name))
+        facts = functools.partial(cache_facts, config, stage.name)
+        kept = base.Kept(pathlib.Path(options.teachers.cache), facts)
+        more |= dict(teacher=None, kept=kept)
     return dataclasses.replace(built, **more)
-
-
-def _reader(config: Config, stage_name: str):
-    """Reads the features of a batch's clips; the folder is opened when the first batch comes."""
-    folder = pathlib.Path(config.stages[stage_name].teachers.cache)
-    reader = Reader(folder, cache_facts(config, stage_name))
-
-    def read(info):
-        return reader.rows([row["id"] or None for row in info])
-
-    return read

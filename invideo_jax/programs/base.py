@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import numpy as np
 
 from invideo_jax import optim, state
 from invideo_jax.errors import UserError
+from invideo_jax.feature_store import Reader
 from invideo_jax.registry import Registry
 from invideo_jax.scale import flops
 from invideo_jax.stages import Stage
@@ -63,11 +65,49 @@ class Teacher:
     Attributes:
         models: by name.
         apply: ({name: parameters}, batch) -> further entries of the batch, [B, ...] each. It is jitted,
-            and runs before the train step, over the whole batch.
+            and runs before the train step; it takes the batch in parts (`steps.update.in_parts`), so that
+            what it holds besides these entries is for one microbatch.
     """
 
     models: Mapping[str, Frozen]
     apply: Callable[[Mapping[str, PyTree], Batch], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a teacher made of each example before, on disk; it stands in for the teacher.
+
+    Attributes:
+        folder: opened when first asked, as `feature_store.Reader`.
+        facts: () -> what the features must belong to.
+    """
+
+    folder: pathlib.Path
+    facts: Callable[[], Mapping[str, Any]]
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """The open folder; UserError where there is none, or other features."""
+        return Reader(self.folder, self.facts())
+
+    def read(self, info: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Further host entries of a batch, [B, ...] each, from its `info`."""
+        return self.reader.rows([row["id"] or None for row in info])
+
+    def shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `read` gives for so many rows."""
+        arrays = self.reader.arrays.items()
+        return {k: jax.ShapeDtypeStruct((rows, *s), jnp.dtype(dtype)) for k, (dtype, s) in arrays}
+
+    def check(self, examples: Collection[str], *, spare: float = 0) -> None:
+        """Raises UserError where more than `spare` examples, or all, are not there."""
+        lost = self.reader.missing(examples)
+        if lost and (len(lost) > spare or len(lost) == len(examples)):
+            raise UserError(
+                f"{self.folder} must hold every example; {len(lost)} of {len(examples)} are not there, the "
+                f"first is {lost[0]!r}. Run the command that made it again on the same data: it makes what "
+                "is missing."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +132,9 @@ class Program:
             pixels; else None.
         predict: (params, batch) -> logits [B, classes] in float32, of classifiers; else None.
         teacher: what adds to each batch first; None for none.
-        read: list of the batch's `info` -> further host entries of it, [B, ...] each; None for none.
+        kept: what stands in for a teacher, from disk; None for none.
+        pool_trained: whether the loss trains the encoder's pool; where not, `encode` gives the mean of the
+            patch tokens.
     """
 
     stage: Stage
@@ -111,26 +153,34 @@ class Program:
     reconstruct: Callable[[PyTree, Any], tuple[jax.Array, jax.Array, jax.Array]] | None = None
     predict: Callable[[PyTree, Any], jax.Array] | None = None
     teacher: Teacher | None = None
-    read: Callable[[list[Mapping[str, Any]]], dict[str, np.ndarray]] | None = None
+    kept: Kept | None = None
+    pool_trained: bool = True
 
     def encode(self, params: PyTree, batch: Batch) -> jax.Array:
-        """Pooled features of whole clips, [B, P], from the parameters of the stage."""
+        """Features of whole clips from the parameters of the stage: pooled, [B, P].
+
+        Where the stage does not train the pool, it is the mean of the patch tokens, [B, D].
+        """
         for name in self.encoder_path.split("/"):
             params = params[name]
         # The clips may hold more frames than this encoder takes, for a teacher that sees them all.
         video = batch["video"][:, :: batch["video"].shape[1] // self.encoder.frames]
-        run = lambda module: module.pooled(module(video)[0])
+        mean = lambda module, tokens: tokens[:, module.prefix :].mean(axis=1)
+        pool = type(self.encoder).pooled if self.pool_trained else mean
+        run = lambda module: pool(module, module(video)[0])
         return nn.apply(run, self.encoder)({"params": params})
 
     def with_read(
         self, host: dict[str, np.ndarray], info: list[Mapping[str, Any]]
     ) -> dict[str, np.ndarray]:
-        """A host batch with what `read` adds."""
-        return host if self.read is None else host | self.read(info)
+        """A host batch with what is kept of its examples."""
+        return host if self.kept is None else host | self.kept.read(info)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a training batch of the stage, as the train step gets it."""
         batch = self._from_loader()
+        if self.kept is not None:
+            return batch | self.kept.shapes(self.stage.batch_size)
         if self.teacher is None:
             return batch
         models = self.teacher.models.items()
@@ -197,6 +247,11 @@ def encoder(
 def stage_key(config: ml_collections.ConfigDict, stage: Stage) -> jax.Array:
     """Every random draw of the stage comes from this key."""
     return jax.random.fold_in(jax.random.key(config.seed), stage.key)
+
+
+def no_pool(encoder: nn.Module) -> tuple[str, ...]:
+    """Patterns that freeze the encoder's pool, where it has one: weight decay would shrink what no loss trains."""
+    return ("^encoder/pool/",) if getattr(encoder, "pool_width", 0) else ()
 
 
 def parts(

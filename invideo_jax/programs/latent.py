@@ -11,6 +11,7 @@ from invideo_jax.models import predictor
 from invideo_jax.programs import base
 from invideo_jax.stages import Stage
 from invideo_jax.steps import latent
+from invideo_jax.steps.update import in_parts, named_averages
 
 Config = ml_collections.ConfigDict
 
@@ -66,26 +67,33 @@ def check(config: Config, stage_name: str) -> None:
     latent.momentum(stage.ema_decay, stage.ema_final, 1)
     visible_count(config, stage_name)
     latent.error_named(stage.target.loss)
+    latent.normalises(**stage.target.to_dict())
 
 
 def program(config: Config, stage: Stage) -> base.Program:
     """What runs the stage."""
     options, made = config.stages[stage.name], model(config, stage.name)
     init_params = lambda: predictor.init(made, jax.random.key(config.seed))
-    of_program, of_update = base.parts(config, stage, init_params)
+    of_program, of_update = base.parts(
+        config, stage, init_params, freeze=base.no_pool(made.encoder)
+    )
     del of_update["ema_warmup"]
     if options.ema_decay:
         of_update["ema_decay"] = latent.momentum(options.ema_decay, options.ema_final, stage.steps)
     key = base.stage_key(config, stage)
-    loss = dict(model=made, views=options.views.to_dict(), loss=options.target.loss)
+    target = options.target.to_dict()
+    loss = dict(model=made, views=options.views.to_dict(), **target)
     built = base.Program(
         **of_program,
         model=made,
         encoder=made.encoder,
         train_step=latent.make_train_step(stage_key=key, **loss, **of_update),
-        eval_loss=latent.make_eval_loss(
-            stage_key=jax.random.fold_in(key, base.EVAL_STREAM), **loss
+        eval_loss=named_averages(
+            latent.make_loss(
+                stage_key=jax.random.fold_in(key, base.EVAL_STREAM), train=False, **loss
+            )
         ),
+        pool_trained=False,
         visible_tokens=visible_count(config, stage.name),
         flops_per_clip=0,
         teacher=_teacher(made, options) if options.teacher.source else None,
@@ -109,7 +117,6 @@ def _teacher(made: predictor.LatentModel, options: Config) -> base.Teacher:
     plan |= dict(grid=encoder.grid, tubelet=encoder.tubelet)
     if options.teacher.old_frames:
         plan |= dict(old_frames=options.teacher.old_frames)
-    features = lambda params, batch: {
-        "latent": latent.target_features(encoder, params["encoder"], batch["video"])
-    }
+    features = latent.teach(encoder, normalise=latent.normalises(**options.target.to_dict()))
+    features = in_parts(features, options.batch_size // options.accumulation)
     return base.Teacher({"encoder": base.Frozen(options.teacher.source, init, plan)}, features)

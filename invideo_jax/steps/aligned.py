@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from invideo_jax import losses, masking
 from invideo_jax.errors import UserError
 from invideo_jax.losses import Mean
+from invideo_jax.models.attention import fold
 from invideo_jax.models.teachers import Features, Teacher
 from invideo_jax.sharding import constrain
 from invideo_jax.steps.masked import (
@@ -30,7 +31,6 @@ from invideo_jax.steps.masked import (
     Objective,
     draw_mask,
     example_keys,
-    fold,
     host_key,
 )
 from invideo_jax.steps.update import Batch

@@ -18,27 +18,44 @@ import optax
 from invideo_jax import losses, masking
 from invideo_jax.errors import UserError
 from invideo_jax.losses import Mean
+from invideo_jax.models.attention import fold
 from invideo_jax.models.predictor import LatentModel
 from invideo_jax.registry import nearest
 from invideo_jax.state import TrainState
-from invideo_jax.steps.masked import DROP_PATH, draw_mask, example_keys, fold, host_key
-from invideo_jax.steps.update import Batch, LossFn, Metrics, Schedule, update
+from invideo_jax.steps.masked import DROP_PATH, draw_mask, example_keys, host_key
+from invideo_jax.steps.update import Batch, LossFn, Metrics, Schedule, in_parts, update
 
 PyTree = Any
 _VIEW = 16  # views fold keys with this and their number
 
 
-def target_features(encoder: nn.Module, params: PyTree, video: jax.Array) -> jax.Array:
-    """Layer-normalised features of all patches of whole clips, without gradient, [B, N, D].
+def target_features(
+    encoder: nn.Module, params: PyTree, video: jax.Array, *, normalise: bool = True
+) -> jax.Array:
+    """Features of all patches of whole clips, without gradient, [B, N, D].
 
-    The LayerNorm has neither scale nor bias, and eps 1e-5.
+    Args:
+        normalise: by a LayerNorm with neither scale nor bias, eps 1e-5 (V-JEPA), or as the last block gives
+            them (InternVideo-Next).
     """
     tokens, _ = encoder.apply({"params": params}, video)
     x = tokens[:, encoder.prefix :]
+    if not normalise:
+        return jax.lax.stop_gradient(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(-1, keepdims=True)
     wide = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
     return jax.lax.stop_gradient(wide.astype(x.dtype))
+
+
+def teach(encoder: nn.Module, *, normalise: bool) -> Callable[[PyTree, Batch], dict]:
+    """({'encoder': parameters}, batch) -> {'latent': `target_features`}."""
+
+    def made(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        own = params["encoder"]
+        return {"latent": target_features(encoder, own, batch["video"], normalise=normalise)}
+
+    return made
 
 
 def _absolute(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -46,11 +63,7 @@ def _absolute(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def _cosine(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    return (2 - 2 * (_unit(prediction) * _unit(target)).sum(-1)).mean(1)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+    return (2 - 2 * (losses.unit(prediction) * losses.unit(target)).sum(-1)).mean(1)
 
 
 # (prediction, target), each [B, M, D] -> error of each example, [B].
@@ -65,6 +78,21 @@ def error_named(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     if name not in ERRORS:
         raise UserError(f"The loss must be known; got loss={name!r}.{nearest(name, ERRORS)}")
     return ERRORS[name]
+
+
+def normalises(loss: str, normalise: str = "auto") -> bool:
+    """Whether targets are layer-normalised before they are compared.
+
+    Args:
+        loss: a key of `ERRORS`.
+        normalise: 'yes', 'no', or 'auto' as published: with 'l1' (V-JEPA), not with 'cosine' (InternVideo-Next).
+    """
+    known = {"auto": loss == "l1", "yes": True, "no": False}
+    if normalise not in known:
+        raise UserError(
+            f"normalise must be one of {', '.join(known)}; got normalise={normalise!r}."
+        )
+    return known[normalise]
 
 
 def draw_views(
@@ -93,7 +121,7 @@ def spread(features: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
         features: [B, N, D].
         valid: bool [B].
     """
-    unit = _unit(features.astype(jnp.promote_types(features.dtype, jnp.float32)))
+    unit = losses.unit(features)
     weight = valid.astype(unit.dtype)
     rows = jnp.maximum(weight.sum(), 1)
     unit = jnp.where(weight[:, None, None] > 0, unit, 0)
@@ -108,6 +136,7 @@ def make_loss(
     stage_key: jax.Array,
     views: Mapping[str, Mapping[str, Any]],
     loss: str = "l1",
+    normalise: str = "auto",
     train: bool = True,
 ) -> LossFn:
     """The loss (params, batch) -> (Mean, averages): the mean over views, and `loss/<view>`.
@@ -118,21 +147,23 @@ def make_loss(
         views: name of a view -> name and options of a mask; all of one clip, each with its own mask
             token.
         loss: a key of `ERRORS`.
+        normalise: of targets that the loss itself makes, see `normalises`.
         train: False switches drop path off.
 
     The loss needs `latent` in the batch; where it lacks, the parameters' own encoder makes it, so
     that parameters can be evaluated without their moving average.
 
     Raises:
-        UserError: unknown loss.
+        UserError: unknown loss or normalise.
     """
+    standard = normalises(loss, normalise)
     key, encoder, error_of = host_key(stage_key), model.encoder, error_named(loss)
 
     def compute(params: PyTree, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         keys = example_keys(key(), batch["position"])
         target = batch.get("latent")
         if target is None:
-            target = target_features(encoder, params["encoder"], batch["video"])
+            target = target_features(encoder, params["encoder"], batch["video"], normalise=standard)
         drop = fold(keys, DROP_PATH) if train and encoder.drop_path else None
         parts, masks = {}, draw_views(encoder.grid, keys, views)
         for number, (name, (visible, hidden)) in enumerate(masks.items()):
@@ -167,18 +198,21 @@ def make_train_step(
     clip_norm: float | None = None,
     schedule: Schedule | None = None,
     trainable: PyTree | None = None,
+    loss: str = "l1",
+    normalise: str = "auto",
     **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure train step (state, batch) -> (state, metrics).
 
-    Where the batch has no `latent`, the moving average's encoder makes it, for the whole batch at once.
+    Where the batch has no `latent`, the moving average's encoder makes it, microbatch by microbatch.
     Metrics have `spread/...` of the targets, `ema_decay` where there is one, and what the loss names.
 
     Args:
         ema_decay: of the n-th update, see `momentum`; None: the batch has `latent`.
-        options: of `make_loss`. The others as in `update.update`.
+        loss, normalise, options: of `make_loss`. The others as in `update.update`.
     """
-    loss_fn = make_loss(model=model, **options)
+    loss_fn = make_loss(model=model, loss=loss, normalise=normalise, **options)
+    make_target = teach(model.encoder, normalise=normalises(loss, normalise))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if "latent" not in batch:
@@ -187,8 +221,8 @@ def make_train_step(
                     "The targets must come with the batch or from a moving average; got neither. Set "
                     "ema_decay, or name a frozen encoder."
                 )
-            target = target_features(model.encoder, state.ema["encoder"], batch["video"])
-            batch = {**batch, "latent": target}
+            rows = -(-batch["video"].shape[0] // accumulation)
+            batch = {**batch} | in_parts(make_target, rows)(state.ema, {"video": batch["video"]})
         decay = None
         if ema_decay is not None:
             decay = ema_decay(state.step - state.counters.skipped)
@@ -208,14 +242,3 @@ def make_train_step(
         return new, metrics | spread(batch["latent"], batch["valid"])
 
     return step
-
-
-def make_eval_loss(**options: Any) -> Callable[[PyTree, Batch], dict[str, Mean]]:
-    """(params, batch) -> averages by name, `loss` among them, over valid rows; see `make_loss`."""
-    loss_fn = make_loss(train=False, **options)
-
-    def evaluate(params: PyTree, batch: Batch) -> dict[str, Mean]:
-        loss, averages = loss_fn(params, batch)
-        return {"loss": loss} | averages
-
-    return evaluate

@@ -71,7 +71,7 @@ def judge(recipe: str, settings: dict, workdir: pathlib.Path) -> dict[str, dict[
     sources, _ = build.train_sources(config)
     (stage,) = run.place_stages(config, sum(map(len, sources)))
     program = programs.program(config, stage)
-    teach, _ = teaching.start(program.teacher, mesh)
+    teach, _ = teaching.start(program, mesh)
     ready = build.evaluators(
         config,
         program,

@@ -12,7 +12,7 @@ from invideo_jax import feature_store, losses, masking, sharding, state
 from invideo_jax.errors import UserError
 from invideo_jax.losses import Mean
 from invideo_jax.models import alignment, teachers, video_encoder
-from invideo_jax.steps import aligned, masked
+from invideo_jax.steps import aligned, masked, update
 
 ROWS, FRAMES, SIZE = 8, 4, 16
 GRID = (2, 2, 2)
@@ -180,6 +180,22 @@ def step(student, accumulation):
 TX = optax.sgd(0.1)
 
 
+def in_parts(rows):
+    _, of, _, _, _ = everything()
+    teach = aligned.make_teach(of, stage_key=KEY, grid=GRID, mask=MASK)
+    return jax.jit(update.in_parts(teach, rows))
+
+
+@pytest.mark.parametrize("rows", [4, 2])
+def test_teachers_see_one_microbatch_at_a_time(rows):
+    _, _, _, frozen, batch = everything()
+    whole, parts = taught()[0], in_parts(rows)(frozen, batch)
+    assert parts.keys() == whole.keys() - batch.keys()
+    np.testing.assert_array_equal(whole["visible"], parts["visible"])
+    for name, x in parts.items():
+        np.testing.assert_allclose(whole[name], x, atol=2e-6)
+
+
 def test_accumulation_changes_nothing():
     student, _, params, _, _ = everything()
     batch, _ = taught()
@@ -194,7 +210,8 @@ def test_eight_devices_equal_one():
     student, of, params, frozen, batch = everything()
     teach = aligned.make_teach(of, stage_key=KEY, grid=GRID, mask=MASK)
     results = []
-    for sizes, devices in ((dict(data=1), 1), (dict(data=2, fsdp=2, tensor=1, sequence=2), 8)):
+    for parts, sizes in ((1, dict(data=1)), (2, dict(data=2, fsdp=2, tensor=1, sequence=2))):
+        devices = 1 if parts == 1 else 8
         mesh = sharding.make_mesh(**sizes, devices=jax.devices()[:devices])
         boxed = jax.eval_shape(lambda: alignment.init(student, jax.random.key(2)))
         of_teachers = jax.eval_shape(lambda: of.init(jax.random.key(1)))
@@ -202,7 +219,7 @@ def test_eight_devices_equal_one():
             lying = jax.device_put(frozen, sharding.param_shardings(of_teachers, mesh))
             placed = jax.device_put(params, sharding.param_shardings(boxed, mesh))
             rows = sharding.global_batch(batch, mesh)
-            rows = dict(rows) | jax.jit(teach)(lying, rows)
+            rows = dict(rows) | jax.jit(update.in_parts(teach, ROWS // parts))(lying, rows)
             new, out = jax.jit(step(student, 1))(state.create(placed, TX, keep_ema=False), rows)
         results.append(jax.device_get((rows["visible"], out["loss"], new.params)))
     np.testing.assert_array_equal(results[0][0], results[1][0])

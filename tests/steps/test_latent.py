@@ -58,13 +58,14 @@ def test_the_loss_against_loops():
     batch["valid"] = jnp.array([True, False, True])
     params = fresh(model)
     tokens, _ = model.encoder.apply({"params": params["encoder"]}, batch["video"])
-    target = np.asarray(tokens, np.float64)
-    target -= target.mean(-1, keepdims=True)
-    target /= np.sqrt(np.square(target).mean(-1, keepdims=True) + 1e-5)
+    raw = np.asarray(tokens, np.float64)
+    standard = raw - raw.mean(-1, keepdims=True)
+    standard /= np.sqrt(np.square(standard).mean(-1, keepdims=True) + 1e-5)
     masks = latent.draw_views(GRID, masked.example_keys(KEY, batch["position"]), VIEWS)
     assert list(masks) == ["long", "short"]
-    for name in latent.ERRORS:
+    for name, choice in (("l1", "auto"), ("l1", "no"), ("cosine", "auto"), ("cosine", "yes")):
         means = []
+        target = standard if (name, choice) in (("l1", "auto"), ("cosine", "yes")) else raw
         for number, (visible, hidden) in enumerate(masks.values()):
             found = model.apply({"params": params}, batch["video"], visible, hidden, number)
             errors = []
@@ -75,7 +76,7 @@ def test_the_loss_against_loops():
                     cosine = 2 - 2 * prediction @ goal / length
                     errors.append(np.abs(prediction - goal).mean() if name == "l1" else cosine)
             means.append(np.mean(errors))
-        run = latent.make_loss(model=model, stage_key=KEY, views=VIEWS, loss=name)
+        run = latent.make_loss(model=model, stage_key=KEY, views=VIEWS, loss=name, normalise=choice)
         for given in (batch, batch | {"latent": jnp.asarray(target, jnp.float32)}):
             loss, parts = run(params, given)
             np.testing.assert_allclose(loss.value, np.mean(means), rtol=1e-5)
@@ -153,7 +154,7 @@ def test_momentum_one_is_a_frozen_teacher():
     for n in range(2):
         batch = batch_of(2, seed=n)
         a, _ = kept(a, batch)
-        goal = latent.target_features(model.encoder, teacher, batch["video"])
+        goal = latent.target_features(model.encoder, teacher, batch["video"], normalise=False)
         b, metrics = taught(b, batch | {"latent": goal})
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a.params, b.params)
     jax.tree.map(np.testing.assert_array_equal, a.ema, fresh(model))
@@ -226,9 +227,32 @@ def test_accumulation_and_a_mesh_change_nothing():
             )
 
 
+def test_targets_are_made_by_microbatches(monkeypatch):
+    model, tx, seen = tiny(), optax.sgd(1.0), []
+    plain = latent.target_features
+
+    def noting(encoder, params, video, **options):
+        seen.append((len(video), options))
+        return plain(encoder, params, video, **options)
+
+    monkeypatch.setattr(latent, "target_features", noting)
+    step = latent.make_train_step(
+        model=model, tx=tx, stage_key=KEY, views=VIEWS, loss="cosine", accumulation=4,
+        ema_decay=latent.momentum(0.9, 1.0, 10),
+    )  # fmt: skip
+    jax.eval_shape(step, start(model, tx), batch_of(8))
+    assert set(map(str, seen)) == {str((2, {"normalise": False}))}
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="got loss='l2'. Known: cosine, l1"):
         latent.make_loss(model=tiny(), stage_key=KEY, views=VIEWS, loss="l2")
+    with pytest.raises(UserError, match="auto, yes, no; got normalise='on'"):
+        latent.make_loss(model=tiny(), stage_key=KEY, views=VIEWS, normalise="on")
+    with pytest.raises(UserError, match="auto, yes, no; got normalise='on'"):
+        latent.make_loss(model=tiny(), stage_key=KEY, views=VIEWS, normalise="on")
+    with pytest.raises(UserError, match="auto, yes, no; got normalise='on'"):
+        latent.make_loss(model=tiny(), stage_key=KEY, views=VIEWS, normalise="on")
     with pytest.raises(UserError, match="got ema_final=1.5"):
         latent.momentum(0.9, 1.5, 3)
     wrong = tiny()
