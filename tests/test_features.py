@@ -27,7 +27,7 @@ from invideo_jax.features import __main__ as command
 from invideo_jax.features import encoder as encoders
 from invideo_jax.features import extract, reading, store, windows
 from invideo_jax.interop import folder, models
-from invideo_jax.models import positions, video_encoder, video_mae
+from invideo_jax.models import positions, uniformer_v2, video_encoder, video_mae
 
 SPEC = ClipSpec(frames=4, size=32, sampling="middle", views=1, crop="center", flip=0.0)
 STRIDE = 0.2
@@ -330,6 +330,25 @@ def test_the_encoder_is_found_in_other_models(whole, tmp_path):
     tokens, _ = jax.jit(made.encoder.apply)({"params": params["encoder"]}, video)
     assert np.abs(made_of["clip"] - tokens.mean(1)).max() < 1e-5
     assert np.abs(made_of["frame"] - tokens.reshape(2, 2, 16, -1).mean(2)).max() < 1e-5
+
+
+def test_an_encoder_around_another_takes_other_clips_too(tmp_path):
+    """UniFormerV2: its backbone has the frames, its blocks one class token less than its result."""
+    made = uniformer_v2.build("Micro", frames=4, image_size=16, depth=5)
+    save_model(tmp_path / "u", made)
+    opened = encoders.open_encoder(str(tmp_path / "u"), sharding.make_mesh(), frames=2, size=32)
+    assert opened.module.grid == (2, 4, 4)
+    backbone = opened.about["arguments"]["backbone"]
+    assert (backbone["frames"], backbone["image_size"]) == (2, 32)
+    video = np.random.default_rng(0).integers(0, 255, (1, 2, 32, 32, 3)).astype(np.uint8)
+    run = encoders.make_features(opened.module, kinds=("token", "frame"), layers=(None, 4))
+    got = jax.jit(run)(opened.params, video)
+    _, out = jax.jit(lambda p, v: opened.module.apply({"params": p}, v, features=(4,)))(
+        opened.params, video
+    )
+    assert np.abs(got["token_block4"] - out["block4"][:, 2:]).max() < 1e-5  # behind one a frame
+    assert np.abs(got["token"] - got["token_block4"]).max() < 1e-5  # the last block's patches
+    assert np.abs(got["frame"] - got["token"].reshape(1, 2, 16, -1).mean(2)).max() < 1e-5
 
 
 def test_the_newest_checkpoint_of_a_run(tmp_path, monkeypatch):

@@ -130,6 +130,8 @@ def _about(module: nn.Module, source: handover.Source) -> dict[str, Any]:
     skip = ("parent", "name", "scan", "remat")
     fields = [f.name for f in dataclasses.fields(module) if f.name not in skip]
     arguments = {f: getattr(module, f) for f in fields if isinstance(getattr(module, f), plain)}
+    inner = {f: getattr(module, f) for f in fields if isinstance(getattr(module, f), nn.Module)}
+    arguments |= {f: imported.describe(x)["arguments"] for f, x in inner.items()}
     arguments |= {"dtype": np.dtype(module.dtype).name}
     keep = {k: source.about[k] for k in ("weights", "step", "digest") if k in source.about}
     return dict(model=type(module).__name__, arguments=arguments, **keep)
@@ -192,14 +194,15 @@ def make_features(
     frame  [B, t, D]  the mean over the patches of each time slot
     token  [B, N, D]  every patch, t-major; class tokens are left out
     """
-    (t, _, _), prefix = module.grid, module.prefix
+    t = module.grid[0]
 
     def features(model: nn.Module, video: jax.Array) -> dict[str, jax.Array]:
         tokens, out = model(video, features=[i for i in layers if i is not None])
         found = {}
         for layer in layers:
             x = tokens if layer is None else out[f"block{layer}"]
-            patches = x[:, prefix:].astype(jnp.float32)
+            # Behind all class tokens, of which a block may have fewer than the result.
+            patches = x[:, -module.tokens :].astype(jnp.float32)
             if "clip" in kinds:
                 whole = layer is None and _has_pool(model)
                 found[array_name("clip", layer)] = model.pooled(x) if whole else patches.mean(1)
