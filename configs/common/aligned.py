@@ -14,6 +14,9 @@ def clip_teacher() -> ml_collections.ConfigDict:
     c.source = ""
     c.layers = 6  # blocks whose outputs are targets
     c.interval = 1.0  # distance of these blocks, from the last one backwards
+    # 'imagenet', 'clip' or 'half': frames are normalised with these constants; '': with the teacher's own.
+    # UMT's code gives CLIP the student's clip, so 'imagenet', although CLIP was trained with 'clip', its own.
+    c.constants = ""
     c.image_size = 0  # pixels that frames are resized to for the teacher; 0: as they come
     c.old_frames = 0  # frames of the clips that the source was made for; 0: as many
     c.rename = ()  # 'pattern->replacement' on the source's parameter paths

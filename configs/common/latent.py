@@ -41,7 +41,10 @@ def latent_stage() -> ml_collections.ConfigDict:
     stage.views.long = view(2, 0.7, 0.81)
 
     stage.target = ml_collections.ConfigDict()
-    stage.target.loss = "l1"  # between layer-normalised features; or 'cosine'
+    stage.target.loss = "l1"  # or 'cosine'
+    # Whether the targets are layer-normalised first: 'yes', 'no', or 'auto': with l1 (V-JEPA), not with
+    # cosine (InternVideo-Next).
+    stage.target.normalise = "auto"
 
     stage.predictor = ml_collections.ConfigDict()
     stage.predictor.width = 384

@@ -11,8 +11,11 @@ Published: frames and masks (8 rectangles of 0.15 and 2 of 0.7 of the frame; at 
 each 8 frames, all the others predicted), the frozen target (momentum 1), cosine loss, AdamW, rate, batch,
 epochs, drop path, clipping. This project's own: the encoder is InternVideo2's (one class token instead of
 four, no norm around the patch projection, no rotary positions), the predictor has the size of V-JEPA 2's
-instead of 5 layers of ModernBERT, each mask hides an exact number of places, and the loss is the mean
-of the two views, not their sum.
+instead of 5 layers of ModernBERT; each mask hides an exact number of places; its rectangles have one shape for
+each clip, where the published ones have one for each batch; of the tokens left, those seen are drawn at random, where the
+published ones are the first in t-major order, of the early frames; each of the two views has a mask token of its own instead
+of one for both; and the loss is the mean of the two views, not their sum. The targets are the last block's
+patch tokens without a LayerNorm, as published (target.normalise).
 
 Hardware and hours: published for 128 GPUs, 14 clips each, hours not published; not run at full size by
 this project.

@@ -6,6 +6,9 @@
 After the colon: `smoke`, with a small random teacher on the built-in data. The teacher's folder comes from CLIP's own weights
 (docs/distillation.md).
 
+Published code gives CLIP the student's clip, normalised with ImageNet's constants; here CLIP's own are the default, and
+--config.stages.aligned.teachers.clip.constants=imagenet does as published.
+
 Hardware and hours: published on 32 A100 (batch 64 each), for 200 epochs; not run at full size by this project.
 Published result: Kinetics-400 87.4 % after fine-tuning (first on K710).
 
