@@ -63,9 +63,10 @@ def test_the_loss_against_loops():
     standard /= np.sqrt(np.square(standard).mean(-1, keepdims=True) + 1e-5)
     masks = latent.draw_views(GRID, masked.example_keys(KEY, batch["position"]), VIEWS)
     assert list(masks) == ["long", "short"]
-    for name, choice in (("l1", "auto"), ("l1", "no"), ("cosine", "auto"), ("cosine", "yes")):
+    for name, target in (("l1", standard), ("cosine", raw)):
         means = []
-        target = standard if (name, choice) in (("l1", "auto"), ("cosine", "yes")) else raw
+        assert latent.normalises(name) == (target is standard)
+        assert latent.normalises(name, "yes") and not latent.normalises(name, "no")
         for number, (visible, hidden) in enumerate(masks.values()):
             found = model.apply({"params": params}, batch["video"], visible, hidden, number)
             errors = []
@@ -76,7 +77,7 @@ def test_the_loss_against_loops():
                     cosine = 2 - 2 * prediction @ goal / length
                     errors.append(np.abs(prediction - goal).mean() if name == "l1" else cosine)
             means.append(np.mean(errors))
-        run = latent.make_loss(model=model, stage_key=KEY, views=VIEWS, loss=name, normalise=choice)
+        run = latent.make_loss(model=model, stage_key=KEY, views=VIEWS, loss=name)
         for given in (batch, batch | {"latent": jnp.asarray(target, jnp.float32)}):
             loss, parts = run(params, given)
             np.testing.assert_allclose(loss.value, np.mean(means), rtol=1e-5)
