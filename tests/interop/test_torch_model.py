@@ -221,7 +221,7 @@ def test_it_needs_nothing_but_torch():
         imports = {
             line.split()[1].split(".")[0] for line in file if line.startswith(("import", "from"))
         }
-    assert imports == {"json", "pathlib", "sys", "torch"}
+    assert imports == {"json", "pathlib", "sys", "warnings", "torch"}
 
 
 @pytest.mark.slow
