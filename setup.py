@@ -37,6 +37,7 @@ EXTRAS = {
     ],
     "test": [
         "pytest>=8.4,<10",
+        "pytest-xdist>=3.6,<4",
         "hypothesis>=6.130,<7",
         "ruff>=0.12,<1",
         "tensorboard>=2.19,<3",

@@ -20,4 +20,5 @@ done
 ensure_environment "$extras"
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
-exec "$VENV_PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}
+# One process for each core: most of the time is compilation, which takes one.
+exec "$VENV_PYTHON" -m pytest -n logical --maxprocesses=4 --dist=loadfile ${arguments[@]+"${arguments[@]}"}
