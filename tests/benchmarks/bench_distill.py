@@ -49,6 +49,7 @@ def judge(settings: list[str], workdir: pathlib.Path, output: pathlib.Path) -> d
             file = output / f"{attribute}.jsonl"
             data = pathlib.Path(config.data.train.removeprefix("synthetic:"))
             config.data.train = relabelled(data, attribute, file)
+            config.data.roots = (str(data.resolve()),)
             with config.unlocked():
                 config.evals = dict(probe=dict(every="100%", examples=10**6, train_examples=10**6))
         sources, _ = build.train_sources(config)
@@ -56,7 +57,7 @@ def judge(settings: list[str], workdir: pathlib.Path, output: pathlib.Path) -> d
         program, mesh = programs.program(config, stage), sharding.make_mesh()
         held_out = build.held_out_sources(config, sources)
         folder = dict(train=sources, held_out=held_out, folder=output)
-        teach, _ = teaching.start(program.teacher, mesh)
+        teach, _ = teaching.start(program, mesh)
         ready = build.evaluators(config, program, mesh=mesh, teach=teach, **folder)
         state = sharding.create_sharded_state(program.init_params, program.make_state, mesh)
         last, _ = stored.read_params(workdir, None, "params")
