@@ -19,8 +19,9 @@ import torch
 sys.path.insert(0, "FOLDER")
 from model import load
 
-model = load("FOLDER")  # frames=, image_size= for other clips
-out = model(torch.randn(1, {channels}, {frames}, {size}, {size}))  # normalised
+model = load("FOLDER"){load}
+{inputs}
+out = model({names})
 print({{name: tuple(x.shape) for name, x in out.items()}})
 ```
 
@@ -42,20 +43,15 @@ def text(
         found: what the certificate says.
         state: of the exported weights.
     """
-    encoder, _ = models.encoder_of(model)
     count = sum(int(np.prod(x.shape, dtype=np.int64)) for x in state.values())
     kinds = ", ".join(sorted({str(x.dtype) for x in state.values()}))
-    mean, std = pixels.constants(encoder.normalisation)
-    rounded = lambda row: ", ".join(f"{x:.4g}" for x in row)
     hf = found["layout"].startswith("videomae_hf")
     kind = (
         "VideoMAEForVideoClassification"
         if "classification" in found["layout"]
         else "VideoMAEForPreTraining"
     )
-    use = _HF.format(kind=kind)
-    if not hf:
-        use = _OWN.format(channels=encoder.channels, frames=encoder.frames, size=encoder.image_size)
+    use = _HF.format(kind=kind) if hf else _own(model)
     if not hf and "model.py" not in found["files"]:
         use = "The keys are those of the published model, whose own code loads them."
     parts = [
@@ -64,9 +60,7 @@ def text(
         "tags: [video, invideo_jax]",
         "---",
         f"# {found['model']}, layout {found['layout']}",
-        f"{count:,} numbers ({kinds}). Clips: {encoder.frames} frames of {encoder.image_size} x "
-        f"{encoder.image_size} pixels, RGB in [0, 1], minus ({rounded(mean)}), divided by "
-        f"({rounded(std)}).",
+        " ".join([f"{count:,} numbers ({kinds}).", *_clips(model), *_texts(model)]),
         "## Use",
         use,
         "## JAX and PyTorch",
@@ -80,6 +74,42 @@ def text(
         recipe = json.dumps(meta["config"], indent=1, default=str)
         parts += ["## Recipe", f"```json\n{recipe}\n```"]
     return "\n\n".join(parts[4:]).join(["\n".join(parts[:4]) + "\n\n", "\n"])
+
+
+def _own(model: nn.Module) -> str:
+    """How the model of the folder is used."""
+    rows, video, text = [], models.sees_video(model), models.text_tower(model)
+    if video:
+        encoder, _ = models.encoder_of(model)
+        shape = (
+            f"1, {encoder.channels}, {encoder.frames}, {encoder.image_size}, {encoder.image_size}"
+        )
+        rows.append(f"video = torch.randn({shape})  # normalised")
+    if text is not None:
+        low = f"{text.vocabulary - min(8, text.positions)}"
+        rows.append(f"ids = torch.arange({low}, {text.vocabulary})[None]  # of the tokeniser")
+    names = ", ".join(row.split(" ")[0] for row in rows)
+    load = "  # frames=, image_size= for other clips" if video else ""
+    return _OWN.format(load=load, inputs="\n".join(rows), names=names)
+
+
+def _clips(model: nn.Module) -> list[str]:
+    if not models.sees_video(model):
+        return []
+    encoder, _ = models.encoder_of(model)
+    mean, std = pixels.constants(encoder.normalisation)
+    rounded = lambda row: ", ".join(f"{x:.4g}" for x in row)
+    return [
+        f"Clips: {encoder.frames} frames of {encoder.image_size} x {encoder.image_size} pixels, RGB in "
+        f"[0, 1], minus ({rounded(mean)}), divided by ({rounded(std)})."
+    ]
+
+
+def _texts(model: nn.Module) -> list[str]:
+    text = models.text_tower(model)
+    if text is None:
+        return []
+    return [f"Texts: up to {text.positions} ids of {text.vocabulary:,}."]
 
 
 def _parity(found: Mapping[str, Any]) -> str:

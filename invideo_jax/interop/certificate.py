@@ -1,6 +1,7 @@
 """What goes with exported weights to show that PyTorch gives the numbers of JAX, and its check.
 
-certificate.safetensors    'video' [B, C, T, H, W], and 'jax/<name>': what JAX gives for it
+certificate.safetensors    'video' [B, C, T, H, W], of models with text 'ids' and 'valid' [B, L], and
+                           'jax/<name>': what JAX gives for them
 certificate.json           hashes of all files, and the largest differences, or why there are none
 """
 
@@ -24,6 +25,8 @@ TEXT, TENSORS = "certificate.json", "certificate.safetensors"
 # less): float32 noise is 2e-6 after 12 blocks, and grows with depth.
 BOUND = 1e-4
 COMPARED = ("internvideo2", "aligned", "projected", "classifier", "video_mae", "video_mae_encoder")
+COMPARED += ("stage2", "video_clip", "bert", "clip_text")
+_LENGTH = 12  # of the text that is compared, its padding included
 
 
 def issue(
@@ -47,11 +50,13 @@ def issue(
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in (TEXT, TENSORS))
     found = dict(text, bound=BOUND, dtype=dtype, jax=importlib.metadata.version("jax"))
     if text["model"] in COMPARED:
-        video = _video(model)
+        tensors = inputs = _inputs(model)
         arrays = _in_float32(params, dtype)
-        out = models.embed(model, unflatten_dict(arrays, sep="/"), video)
+        out = models.embed(model, unflatten_dict(arrays, sep="/"), **inputs)
         del arrays
-        tensors = {"video": np.ascontiguousarray(video.transpose(0, 4, 1, 2, 3))}
+        if "video" in inputs:
+            video = np.ascontiguousarray(inputs["video"].transpose(0, 4, 1, 2, 3))
+            tensors = inputs | {"video": video}
         tensors |= {f"jax/{name}": value for name, value in out.items()}
         safetensors_io.write(folder / TENSORS, tensors)
         files.append(folder / TENSORS)
@@ -61,10 +66,24 @@ def issue(
     return found
 
 
-def _video(model: nn.Module) -> np.ndarray:
-    encoder, _ = models.encoder_of(model)
-    shape = (1, encoder.frames, encoder.image_size, encoder.image_size, encoder.channels)
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+def _inputs(model: nn.Module) -> dict[str, np.ndarray]:
+    """Arguments of `models.embed`: one clip, one text whose last quarter is padding."""
+    rng, found = np.random.default_rng(0), {}
+    if models.sees_video(model):
+        encoder, _ = models.encoder_of(model)
+        shape = (1, encoder.frames, encoder.image_size, encoder.image_size, encoder.channels)
+        found["video"] = rng.normal(size=shape).astype(np.float32)
+    text = models.text_tower(model)
+    if text is None:
+        return found
+    length = min(_LENGTH, text.positions)
+    real = max(1, length * 3 // 4)
+    ids = rng.integers(1, text.vocabulary - 1, (1, length))
+    if hasattr(text, "pad"):
+        ids[:, real:] = text.pad
+        return found | {"ids": ids, "valid": np.arange(length)[None] < real}
+    ids[:, real - 1], ids[:, real:] = text.vocabulary - 1, 0
+    return found | {"ids": ids}
 
 
 def _in_float32(params: Mapping[str, Leaf], dtype: str) -> dict[str, np.ndarray]:
@@ -101,7 +120,8 @@ def differences(
     """
     stored = {name: x.read() for name, x in safetensors_io.read(folder / TENSORS).items()}
     run = _hf if found["layout"].startswith("videomae_hf") else _own
-    got = run(folder, stored["video"], found)
+    inputs = {name: x for name, x in stored.items() if not name.startswith("jax/")}
+    got = run(folder, inputs, found)
     gaps, shares = {}, {}
     for key, want in stored.items():
         name = key.removeprefix("jax/")
@@ -115,22 +135,27 @@ def differences(
     return gaps, shares
 
 
-def _own(folder: pathlib.Path, video: np.ndarray, _found) -> dict[str, np.ndarray]:
+def _own(
+    folder: pathlib.Path, inputs: Mapping[str, np.ndarray], _found: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     """With this package's copy of model.py: a file of the folder is never run."""
     import torch
 
     from invideo_jax.interop import torch_model
 
     model = torch_model.load(folder, dtype=torch.float32)
-    return {name: x.numpy() for name, x in model(torch.from_numpy(video)).items()}
+    out = model(**{name: torch.from_numpy(x) for name, x in inputs.items()})
+    return {name: x.numpy() for name, x in out.items()}
 
 
-def _hf(folder: pathlib.Path, video: np.ndarray, found: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _hf(
+    folder: pathlib.Path, inputs: Mapping[str, np.ndarray], found: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     """With transformers."""
     import torch
     import transformers
 
-    pixels = torch.from_numpy(np.ascontiguousarray(video.transpose(0, 2, 1, 3, 4)))
+    pixels = torch.from_numpy(np.ascontiguousarray(inputs["video"].transpose(0, 2, 1, 3, 4)))
     classes = found["layout"].endswith("classification")
     kind = "VideoMAEForVideoClassification" if classes else "VideoMAEForPreTraining"
     transformers.utils.logging.disable_progress_bar()

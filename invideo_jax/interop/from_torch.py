@@ -156,6 +156,8 @@ def _fresh(model, paths: set[str]) -> dict[str, Leaf]:
 
 def _resized(model, leaves: dict[str, Leaf], wanted: Wanted, notes: list[str]):
     """The model for other clips; its position tables interpolated."""
+    if not (wanted.frames or wanted.image_size):
+        return model, leaves
     old, _ = models.encoder_of(model)
     frames, size = wanted.frames or old.frames, wanted.image_size or old.image_size
     if (frames, size) == (old.frames, old.image_size):
@@ -261,11 +263,11 @@ def _with_own_config(
         config = json.loads(file.with_name("config.json").read_text())
         text, of = {name: config[name] for name in ("model", "arguments")}, config["layout"]
         model = models.make(text)
+        if of == layout and given == infer.Given():
+            return given, text
         encoder = models.encoder_of(model)[0]
     except (OSError, ValueError, KeyError, TypeError, UserError):
-        return given, None  # none, or another program's
-    if of == layout and given == infer.Given():
-        return given, text
+        return given, None  # none, another program's, or of a model of text
     values = {
         n: getattr(part, n) for part in (model, encoder) for n in _OWN_CONFIG if hasattr(part, n)
     }

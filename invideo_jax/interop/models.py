@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from invideo_jax import sharding
 from invideo_jax.errors import UserError
 from invideo_jax.models import pixels
+from invideo_jax.models.text_encoder import Bert, ClipText
 from invideo_jax.registry import Registry
 
 PyTree = Any
@@ -42,6 +43,7 @@ MODELS = Registry(
         "fused_classifier": "invideo_jax.models.fusion:FusedClassifier",
     },
 )
+TEXT = (Bert, ClipText)  # the towers that see no video
 # Attributes that change no number of the model in evaluation.
 RUNNING = ("parent", "name", "scan", "remat", "dtype", "drop_path", "dropout")
 
@@ -142,10 +144,20 @@ def count(model: nn.Module) -> int:
     return sum(math.prod(shape) for shape in shapes(model).values())
 
 
+def sees_video(model: nn.Module) -> bool:
+    """Whether there is a video encoder in a model."""
+    return not isinstance(model, TEXT)
+
+
+def text_tower(model: nn.Module) -> nn.Module | None:
+    """The text tower of a model of text, or of video and text."""
+    return model if isinstance(model, TEXT) else getattr(model, "text", None)
+
+
 def parts_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The model, what it is built around, and so on to its video encoder; each with its parameters' path."""
     parts, path = [(model, "")], []
-    while not hasattr(model, "patch"):
+    while sees_video(model) and not hasattr(model, "patch"):
         inside = _inside(model)
         path.append(inside)
         model = getattr(model, inside)
@@ -154,7 +166,13 @@ def parts_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def encoder_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The video encoder within a model, and the path of its parameters ('' where it is the model)."""
+    """The video encoder within a model, and the path of its parameters ('' where it is the model).
+
+    Raises:
+        UserError: there is none.
+    """
+    if not sees_video(model):
+        raise UserError(f"{type(model).__name__} has no video encoder.")
     return parts_of(model)[-1]
 
 
@@ -176,21 +194,36 @@ def with_encoder(model: nn.Module, **overrides: Any) -> nn.Module:
 
 
 def cube_of(model: nn.Module) -> tuple[int, int, int]:
-    """(frames, rows, columns) of one cube."""
+    """(frames, rows, columns) of one cube; ones for a model of text."""
+    if not sees_video(model):
+        return 1, 1, 1
     encoder, _ = encoder_of(model)
     return getattr(encoder, "tubelet", 1), encoder.patch, encoder.patch
 
 
-def embed(model: nn.Module, params: PyTree, video: Any) -> dict[str, np.ndarray]:
+# What is compared of models with text: `tokens`, `pooled`, `clip_final`, `projected` and `embedding` of a
+# video; the same of a text; of both, what matching and word heads give.
+_OF_TEXT = ("tokens", "pooled", "clip_final", "projected", "embedding")
+_OF_TEXT += ("text_tokens", "text_pooled", "text_embedding", "match", "words")
+
+
+def embed(
+    model: nn.Module, params: PyTree, video: Any = None, ids: Any = None, valid: Any = None
+) -> dict[str, np.ndarray]:
     """What an exported model is compared by.
 
     Args:
-        video: normalised float [B, T, H, W, C].
+        video: normalised float [B, T, H, W, C]; None for a model of text.
+        ids, valid: int and bool [B, L], for models of text and of both; CLIP's towers take no `valid`.
 
     Returns:
         float32 'tokens' [B, prefix+N, D], and where the model has them 'pooled' [B, P], 'clip_final'
-        [B, C], 'projected' [B, C], 'logits' [B, classes].
+        [B, C], 'projected' [B, C], 'logits' [B, classes]; of both, 'embedding' and 'text_embedding'
+        [B, P], 'match' [B, 2], 'words' [B, L, vocabulary]; of text alone, as in `torch_model`.
     """
+    if ids is not None:
+        run = lambda params: _with_text(model, params, video, ids, valid)
+        return {name: np.asarray(x, np.float32) for name, x in jax.jit(run)(params).items()}
     kind = next(n for n in MODELS if MODELS.get(n) is type(model))
     encoder, path = encoder_of(model)
 
@@ -211,3 +244,16 @@ def embed(model: nn.Module, params: PyTree, video: Any) -> dict[str, np.ndarray]
 
     out = jax.jit(run)(params, jax.numpy.asarray(video))
     return {name: np.asarray(value, np.float32) for name, value in out.items()}
+
+
+def _with_text(model: nn.Module, params: PyTree, video: Any, ids: Any, valid: Any) -> PyTree:
+    apply = lambda *inputs, **options: model.apply({"params": params}, *inputs, **options)
+    if isinstance(model, ClipText):
+        return dict(zip(("embedding", "tokens"), apply(ids)))
+    if isinstance(model, Bert):
+        tokens = apply(ids, valid, method="encode")
+        words = {"words": apply(tokens, method="words")} if model.word_head else {}
+        return {"tokens": tokens, "pooled": tokens[:, 0]} | words
+    text = (ids,) if isinstance(model.text, ClipText) else (ids, valid)
+    out = apply(video, None, *text)
+    return {name: out[name] for name in _OF_TEXT if name in out}

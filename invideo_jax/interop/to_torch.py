@@ -92,9 +92,10 @@ def export(
     if dtype != "keep":
         state = {key: cast(x, np.dtype(dtype)) for key, x in state.items()}
     text = dict(models.describe(model), layout=layout)
-    encoder, _ = models.encoder_of(model)
-    mean, std = map(list, pixels.NORMALISATION[encoder.normalisation])
-    config = dict(text, mean=mean, std=std)
+    config = text
+    if models.sees_video(model):
+        constants = pixels.NORMALISATION[models.encoder_of(model)[0].normalisation]
+        config = dict(text, mean=list(constants[0]), std=list(constants[1]))
     if layout.startswith("videomae_hf"):
         config = hf_config.config(model, layout)
     output.mkdir(parents=True, exist_ok=True)
@@ -114,9 +115,13 @@ def export(
 
 
 def _part(model: nn.Module, params: Mapping[str, Any], layout: str):
-    """The model and its leaves; or of the model in it that the layout is of, down to its encoder."""
+    """The model and its leaves; or of the model in it that the layout is of: encoder, text tower."""
     known = {path for row in names.get(layout).rows for path in row.ours}
-    for part, path in models.parts_of(model):
+    parts, tower = models.parts_of(model), models.text_tower(model)
+    # A BERT with fusion blocks is no model of its own.
+    if tower not in (None, model) and getattr(tower, "fusion_from", tower.depth) == tower.depth:
+        parts = [*parts, (tower, "text")]
+    for part, path in parts:
         if set(models.shapes(part)) <= known:
             prefix = f"{path}/" if path else ""
             inside = {k.removeprefix(prefix): x for k, x in params.items() if k.startswith(prefix)}

@@ -1,9 +1,12 @@
-"""Video encoders of the InternVideo2 and VideoMAE families in PyTorch; this file needs nothing else.
+"""Models of the InternVideo2 and VideoMAE families in PyTorch; this file needs nothing else.
 
     from model import load
     model = load(".")                      # the folder with config.json and the weights
     out = model(video)                     # [B, C, T, H, W], normalised (config.json has the constants)
     out["tokens"], out["pooled"]           # and 'clip_final', 'projected', 'logits' where it has them
+
+Models of video and text take `model(video, ids)`, and have `encode_video(video)` and `encode_text(ids)`,
+each with an 'embedding'; stage 2 has `match` and `words` besides. Nothing is ever dropped here.
 
 `load(".", frames=16, image_size=336)` interpolates learned positions. `python model.py onnx FILE`
 writes an ONNX file; `torch.compile(model)` and `torch.export.export(model, (video,))` work.
@@ -33,10 +36,10 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def attend(q, k, v, heads, scale=None):
-    """Attention of [B, N, D]; `scale` defaults to (D / heads)^-0.5."""
+def attend(q, k, v, heads, scale=None, mask=None):
+    """Attention of [B, N, D]; `scale` defaults to (D / heads)^-0.5; `mask` is True where to look."""
     split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(split(q), split(k), split(v), scale=scale)
+    mixed = F.scaled_dot_product_attention(split(q), split(k), split(v), mask, scale=scale)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -64,18 +67,25 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v, self.heads, self.scale))
 
 
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),  # of CLIP
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
 class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
+    """Linear, activation, Linear."""
 
     def __init__(self, width, hidden, activation="gelu", out=None):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, out or width)
-        if activation not in ("gelu", "gelu_tanh"):
-            raise ValueError(f"activation must be 'gelu' or 'gelu_tanh'; got {activation!r}")
-        self.approximate = "tanh" if activation == "gelu_tanh" else "none"
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -433,6 +443,335 @@ class VideoMAE(nn.Module):
         return self.decoder(x, hidden.shape[1])
 
 
+class BertAttention(nn.Module):
+    """Attention of x to itself or to `other`, then x + result and its norm."""
+
+    def __init__(self, a, other=None):
+        super().__init__()
+        width, self.heads = a["width"], a["heads"]
+        inputs = dict(query=width, key=other or width, value=other or width)
+        self.self = nn.ModuleDict({name: nn.Linear(size, width) for name, size in inputs.items()})
+        self.output = BertOutput(width, a)
+
+    def forward(self, x, mask=None, other=None):
+        source, part = x if other is None else other, self.self
+        q, k, v = part["query"](x), part["key"](source), part["value"](source)
+        return self.output(attend(q, k, v, self.heads, mask=mask), x)
+
+
+class BertOutput(nn.Module):
+    """The last matrix of a branch, then norm(x + branch)."""
+
+    def __init__(self, inputs, a):
+        super().__init__()
+        self.dense, self.LayerNorm = (
+            nn.Linear(inputs, a["width"]),
+            nn.LayerNorm(a["width"], a["eps"]),
+        )
+
+    def forward(self, branch, x):
+        return self.LayerNorm(x + self.dense(branch))
+
+
+class BertBlock(nn.Module):
+    """BERT's post-norm block; with `other`, the width of another tower's tokens, it looks at those too."""
+
+    def __init__(self, a, other=None):
+        super().__init__()
+        self.attention = BertAttention(a)
+        if other:
+            self.crossattention = BertAttention(a, other)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(a["width"], a["mlp_width"])})
+        self.output = BertOutput(a["mlp_width"], a)
+        self.activation = ACTIVATIONS[a["activation"]]
+
+    def forward(self, x, mask=None, tokens=None):
+        x = self.attention(x, mask)
+        if tokens is not None:
+            x = self.crossattention(x, other=tokens)
+        return self.output(self.activation(self.intermediate["dense"](x)), x)
+
+
+class BertEmbeddings(nn.Module):
+    """Words, places and the first type of segment."""
+
+    def __init__(self, a):
+        super().__init__()
+        width = a["width"]
+        self.register_buffer("position_ids", torch.arange(a["positions"])[None])
+        self.word_embeddings = nn.Embedding(a["vocabulary"], width, padding_idx=a["pad"])
+        self.position_embeddings = nn.Embedding(a["positions"], width)
+        self.token_type_embeddings = nn.Embedding(a["types"], width)
+        self.LayerNorm = nn.LayerNorm(width, a["eps"])
+
+    def forward(self, ids):
+        place = self.position_embeddings(self.position_ids[:, : ids.shape[1]])
+        return self.LayerNorm(
+            self.word_embeddings(ids) + self.token_type_embeddings.weight[0] + place
+        )
+
+
+class BertWords(nn.Module):
+    """Scores of all words, by the table of words."""
+
+    def __init__(self, a):
+        super().__init__()
+        width = a["width"]
+        norm = nn.LayerNorm(width, a["eps"])
+        self.transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm})
+        self.decoder = nn.Linear(width, a["vocabulary"])
+        self.bias = self.decoder.bias
+        self.activation = ACTIVATIONS[a["activation"]]
+
+    def forward(self, x):
+        x = self.activation(self.transform["dense"](x))
+        return self.decoder(self.transform["LayerNorm"](x))
+
+
+class Bert(nn.Module):
+    """BERT; the blocks from `fusion_from` on also look at a video's tokens, `other` wide."""
+
+    inputs = ("ids", "valid")
+
+    def __init__(self, a, other=None):
+        super().__init__()
+        self.text, self.fusion_from = a, a["fusion_from"]
+        fuses = lambda i: other if i >= self.fusion_from else None
+        layer = nn.ModuleList(BertBlock(a, fuses(i)) for i in range(a["depth"]))
+        encoder = nn.ModuleDict({"layer": layer})
+        self.bert = nn.ModuleDict({"embeddings": BertEmbeddings(a), "encoder": encoder})
+        if a["word_head"]:
+            self.cls = nn.ModuleDict({"predictions": BertWords(a)})
+        self.tie()
+
+    def tie(self):
+        """Makes the word head's matrix and bias the arrays that they are copies of in files."""
+        if hasattr(self, "cls"):
+            head = self.cls["predictions"]
+            head.decoder.weight = self.bert["embeddings"].word_embeddings.weight
+            head.decoder.bias = head.bias
+
+    def forward(self, ids, valid=None):
+        """'tokens' [B, L, D], 'pooled' [B, D], 'words' [B, L, vocabulary]; arguments as in `encode`."""
+        x = self.encode(ids, valid)
+        out = {"tokens": x, "pooled": x[:, 0]}
+        return out | ({"words": self.words(x)} if hasattr(self, "cls") else {})
+
+    def encode(self, ids, valid=None):
+        """Text alone [B, L, D].
+
+        Args:
+            ids: int64 [B, L].
+            valid: bool [B, L], False for padding; None where all are real.
+        """
+        x = self.bert["embeddings"](ids)
+        for block in self.bert["encoder"]["layer"][: self.fusion_from]:
+            x = block(x, self._mask(valid))
+        return x
+
+    def fuse(self, x, valid, tokens):
+        """Text [B, L, D] of `encode` that has looked at a video's tokens [B, N, any]."""
+        for block in self.bert["encoder"]["layer"][self.fusion_from :]:
+            x = block(x, self._mask(valid), tokens)
+        return x
+
+    def words(self, x):
+        """Scores [B, L, vocabulary] of [B, L, D]."""
+        return self.cls["predictions"](x)
+
+    @staticmethod
+    def _mask(valid):
+        return None if valid is None else valid.bool()[:, None, None]
+
+
+class ClipAttention(nn.Module):
+    """Attention in a text tower of CLIP, under the names of torch.nn.MultiheadAttention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, mask):
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        return self.out_proj(attend(q, k, v, self.heads, mask=mask))
+
+
+class MobileClipAttention(nn.Module):
+    """The same under MobileCLIP's names."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv_proj(x).chunk(3, -1)
+        return self.out_proj(attend(q, k, v, self.heads, mask=mask))
+
+
+class ClipBlock(nn.Module):
+    """CLIP's pre-norm block."""
+
+    def __init__(self, a):
+        super().__init__()
+        width = a["width"]
+        self.attn = ClipAttention(width, a["heads"])
+        self.ln_1, self.ln_2 = (nn.LayerNorm(width, a["eps"]) for _ in range(2))
+        up, down = nn.Linear(width, a["mlp_width"]), nn.Linear(a["mlp_width"], width)
+        self.mlp = nn.ModuleDict({"c_fc": up, "c_proj": down})
+        self.activation = ACTIVATIONS[a["activation"]]
+
+    def forward(self, x, mask):
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp["c_proj"](self.activation(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class MobileClipBlock(nn.Module):
+    """The same under MobileCLIP's names, which are places in a list."""
+
+    def __init__(self, a):
+        super().__init__()
+        width, norm = a["width"], lambda: nn.LayerNorm(a["width"], a["eps"])
+        up, down = nn.Linear(width, a["mlp_width"]), nn.Linear(a["mlp_width"], width)
+        self.pre_norm_mha = nn.ModuleList([norm(), MobileClipAttention(width, a["heads"])])
+        self.pre_norm_ffn = nn.ModuleDict({"0": norm(), "1": up, "4": down})
+        self.activation = ACTIVATIONS[a["activation"]]
+
+    def forward(self, x, mask):
+        norm, attention = self.pre_norm_mha
+        x = x + attention(norm(x), mask)
+        mlp = self.pre_norm_ffn
+        return x + mlp["4"](self.activation(mlp["1"](mlp["0"](x))))
+
+
+def clip_text(ids, words, places, blocks, norm, projection, causal):
+    """'embedding' [B, P] at the first highest id of [B, L], and 'tokens' [B, L, D]."""
+    length = ids.shape[1]
+    x = words(ids) + places[:length]
+    ones = torch.ones(length, length, dtype=torch.bool, device=ids.device)
+    for block in blocks:
+        x = block(x, ones.tril() if causal else None)
+    x = norm(x)
+    last = gather(x, ids.argmax(1, keepdim=True))[:, 0]
+    return {"embedding": last @ projection, "tokens": x}
+
+
+class ClipText(nn.Module):
+    """CLIP's text tower."""
+
+    inputs = ("ids",)
+
+    def __init__(self, a):
+        super().__init__()
+        self.text, width = a, a["width"]
+        self.positional_embedding = nn.Parameter(torch.zeros(a["positions"], width))
+        self.text_projection = nn.Parameter(torch.zeros(width, a["output_width"]))
+        blocks = nn.ModuleList(ClipBlock(a) for _ in range(a["depth"]))
+        self.transformer = nn.ModuleDict({"resblocks": blocks})
+        self.token_embedding = nn.Embedding(a["vocabulary"], width)
+        self.ln_final = nn.LayerNorm(width, a["eps"])
+
+    def forward(self, ids):
+        """'embedding' [B, P], 'tokens' [B, L, D] of int64 [B, L] whose last real id is the highest."""
+        blocks, causal = self.transformer["resblocks"], self.text["causal"]
+        embeddings = self.token_embedding, self.positional_embedding
+        return clip_text(ids, *embeddings, blocks, self.ln_final, self.text_projection, causal)
+
+
+class MobileClipText(nn.Module):
+    """MobileCLIP's text tower."""
+
+    inputs = ("ids",)
+
+    def __init__(self, a):
+        super().__init__()
+        self.text, width = a, a["width"]
+        self.projection_layer = nn.Parameter(torch.zeros(width, a["output_width"]))
+        self.embedding_layer = nn.Embedding(a["vocabulary"], width)
+        table = nn.Parameter(torch.zeros(1, 1, a["positions"], width))
+        places = nn.ModuleDict({"pos_embed": nn.ParameterDict({"pos_embed": table})})
+        self.positional_embedding = places
+        self.transformer = nn.ModuleList(MobileClipBlock(a) for _ in range(a["depth"]))
+        self.final_layer_norm = nn.LayerNorm(width, a["eps"])
+
+    def forward(self, ids):
+        """As `ClipText.forward`."""
+        places = self.positional_embedding["pos_embed"]["pos_embed"][0, 0]
+        last = self.final_layer_norm, self.projection_layer, self.text["causal"]
+        return clip_text(ids, self.embedding_layer, places, self.transformer, *last)
+
+
+class VideoClip(ProjectedInternVideo2):
+    """InternVideo2-CLIP: both towers' 'embedding' [B, P] are in one space."""
+
+    inputs = ("video", "ids")
+
+    def __init__(self, a, width, text, temperature):
+        super().__init__(a, width)
+        self.text_encoder = MobileClipText(text)
+        self.temp = nn.Parameter(torch.tensor(float(temperature)))
+
+    def forward(self, video, ids):
+        """What `encode_video` gives, and what `encode_text` gives as 'text_...'."""
+        text = {f"text_{name}": x for name, x in self.encode_text(ids).items()}
+        return self.encode_video(video) | text
+
+    def encode_video(self, video, visible=None, features=()):
+        """'tokens', 'pooled', 'projected', which is also the 'embedding'; arguments as in `InternVideo2`."""
+        out = super().forward(video, visible, features)
+        return out | {"embedding": out["projected"]}
+
+    def encode_text(self, ids):
+        """As `ClipText.forward`."""
+        return self.text_encoder(ids)
+
+
+class Stage2(nn.Module):
+    """InternVideo2's stage 2: video tower, BERT that looks at its tokens, projections, matching head."""
+
+    inputs = ("video", "ids", "valid")
+
+    def __init__(self, vision, text, width, temperature):
+        super().__init__()
+        self.temp = nn.Parameter(torch.tensor(float(temperature)))
+        self.vision_encoder = vision
+        self.text_encoder = Bert(text, vision.a["width"])
+        self.vision_proj = nn.Linear(vision.a["pool_width"], width)
+        self.text_proj = nn.Linear(text["width"], width)
+        self.itm_head = nn.Linear(text["width"], 2)
+
+    def forward(self, video, ids, valid=None):
+        """What `encode_video` gives, what `encode_text` gives as 'text_...', 'fused', 'match' and 'words'."""
+        seen, text = self.encode_video(video), self.encode_text(ids, valid)
+        fused = self.text_encoder.fuse(text["tokens"], valid, seen["tokens"])
+        out = seen | {f"text_{name}": x for name, x in text.items()}
+        out |= {"fused": fused, "match": self.itm_head(fused[:, 0])}
+        head = self.text_encoder.text["word_head"]
+        return out | ({"words": self.text_encoder.words(fused)} if head else {})
+
+    def encode_video(self, video, visible=None, features=()):
+        """As `InternVideo2.forward`, and 'embedding' [B, P]; its length is not 1."""
+        out = self.vision_encoder(video, visible, features)
+        return out | {"embedding": self.vision_proj(out["pooled"])}
+
+    def encode_text(self, ids, valid=None):
+        """'tokens' [B, L, D], 'pooled' [B, D], 'embedding' [B, P]; arguments as in `Bert.encode`."""
+        x = self.text_encoder.encode(ids, valid)
+        return {"tokens": x, "pooled": x[:, 0], "embedding": self.text_proj(x[:, 0])}
+
+    def match(self, text, valid, video):
+        """Scores [B, 2] of "they do not, they do belong together" for 'tokens' of text and video."""
+        return self.itm_head(self.text_encoder.fuse(text, valid, video)[:, 0])
+
+    def words(self, ids, valid, video):
+        """Scores [B, L, vocabulary] at each place of a (masked) text, seen with a video's 'tokens'."""
+        text = self.text_encoder.encode(ids, valid)
+        return self.text_encoder.words(self.text_encoder.fuse(text, valid, video))
+
+
 def build(config):
     """An nn.Module from {'model': name, 'arguments': {...}}, as config.json has it."""
     name, a = config["model"], dict(config["arguments"])
@@ -452,6 +791,16 @@ def build(config):
     if name == "classifier":
         video_mae = a["encoder"]["model"] == "video_mae_encoder"
         return (MAEEncoder if video_mae else InternVideo2)(encoder, classifier=a)
+    if name == "stage2":
+        return Stage2(build(a["vision"]), inside("text"), a["width"], a["initial_temperature"])
+    if name == "video_clip":
+        projected = inside("vision")
+        towers = projected["encoder"]["arguments"], projected["width"], inside("text")
+        return VideoClip(*towers, a["initial_temperature"])
+    if name == "bert":
+        return Bert(a)
+    if name == "clip_text":
+        return (MobileClipText if config["layout"] == "mobileclip_text" else ClipText)(a)
     raise ValueError(f"model must be one that this file has; got {name!r}")
 
 
@@ -462,7 +811,8 @@ def resized(state, old, new):
     """
     if tuple(old) == tuple(new):
         return state
-    return {k: _table(k, v, old, new) if "pos_embed" in k else v for k, v in state.items()}
+    video = lambda key: "pos_embed" in key and not key.startswith("text_encoder.")
+    return {k: _table(k, v, old, new) if video(k) else v for k, v in state.items()}
 
 
 def _table(key, table, old, new):
@@ -486,9 +836,12 @@ def _table(key, table, old, new):
 
 
 def encoder_arguments(config):
-    """The part of a config that says what clips the model is for."""
+    """The part of a config that says what clips the model is for; None of a model of text."""
     inside = config["arguments"]
-    return encoder_arguments(inside["encoder"]) if "encoder" in inside else inside
+    part = inside.get("encoder") or inside.get("vision")
+    if part:
+        return encoder_arguments(part)
+    return inside if "patch" in inside else None
 
 
 def grid_of(a):
@@ -523,10 +876,17 @@ def load(folder=".", *, frames=None, image_size=None, dtype=None):
     """
     config = json.loads((pathlib.Path(folder) / "config.json").read_text())
     a, state = encoder_arguments(config), read_weights(folder)
-    old = grid_of(a)
-    a |= {"frames": frames or a["frames"], "image_size": image_size or a["image_size"]}
+    if a:
+        old = grid_of(a)
+        a |= {"frames": frames or a["frames"], "image_size": image_size or a["image_size"]}
+        state = resized(state, old, grid_of(a))
+    elif frames or image_size:
+        raise ValueError("frames and image_size must not be given: this is a model of text alone")
     model = build(config)
-    model.load_state_dict(resized(state, old, grid_of(a)), strict=True, assign=True)
+    model.load_state_dict(state, strict=True, assign=True)
+    for part in model.modules():
+        if isinstance(part, Bert):
+            part.tie()
     model = model.to(dtype) if dtype else model
     return model.eval().requires_grad_(False)
 
@@ -547,8 +907,8 @@ class _Outputs(nn.Module):
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, video):
-        out = self.model(video)
+    def forward(self, *inputs):
+        out = self.model(*inputs)
         return tuple(out[name] for name in self.names)
 
 
@@ -560,19 +920,34 @@ def example(model, batch=2):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+def examples(model, batch=2):
+    """What `forward` of a model from `load` takes, by name; texts are as long as they may be."""
+    names, found = getattr(model, "inputs", ("video",)), {}
+    if "video" in names:
+        found["video"] = example(model, batch)
+    if "ids" in names:
+        a = next(m.text for m in model.modules() if hasattr(m, "text"))
+        found["ids"] = torch.arange(a["positions"]).remainder(a["vocabulary"]).repeat(batch, 1)
+    if "valid" in names:
+        found["valid"] = torch.ones_like(found["ids"], dtype=torch.bool)
+    return found
+
+
 def export_onnx(model, file):
-    """Writes a model as ONNX: 'video' [B, C, T, H, W] to what `forward` names; B is free."""
-    video = example(model)
-    names = list(model(video))
-    axes = {name: {0: "batch"} for name in ["video", *names]}
-    options = dict(input_names=["video"], output_names=names, dynamic_axes=axes)
+    """Writes a model as ONNX: what `examples` has to what `forward` gives, by these names.
+
+    The number of examples B is free, the length of texts is not: pad them.
+    """
+    inputs = examples(model)
+    names = list(model(**inputs))
+    axes = {name: {0: "batch"} for name in [*inputs, *names]}
+    options = dict(input_names=list(inputs), output_names=names, dynamic_axes=axes)
     with warnings.catch_warnings():
         # Of shapes that are fixed but for the batch, and of the exporter that needs no further package.
         for kind in (torch.jit.TracerWarning, DeprecationWarning):
             warnings.simplefilter("ignore", kind)
-        torch.onnx.export(
-            _Outputs(model, names), (video,), str(file), dynamo=False, opset_version=17, **options
-        )
+        values, settings = tuple(inputs.values()), dict(dynamo=False, opset_version=17)
+        torch.onnx.export(_Outputs(model, names), values, str(file), **settings, **options)
 
 
 if __name__ == "__main__":

@@ -353,3 +353,17 @@ class ClipText(nn.Module):
         """Raises UserError where attributes do not fit together; builds nothing."""
         check_multiple("width", self.width, "heads", self.heads)
         activation(self.activation)
+
+
+def init(model: Bert | ClipText, key: jax.Array) -> PyTree:
+    """Fresh parameters, each in a box with the logical names of its axes; of a tower that stands alone."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    if isinstance(model, ClipText):
+        return model.init(key, ids)["params"]
+    if model.fusion_from < model.depth:
+        raise UserError(
+            "A BERT that stands alone must have no fusion blocks, whose other tokens it does not know; "
+            f"got fusion_from={model.fusion_from}, depth={model.depth}."
+        )
+    run = lambda m, ids: m.words(m.encode(ids)) if m.word_head else m.encode(ids)
+    return model.init(key, ids, method=run)["params"]
