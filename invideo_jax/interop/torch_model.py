@@ -193,7 +193,7 @@ class Head(nn.Module):
 
 def gather(x, ids):
     """Rows [B, V, D] of x [B or 1, N, D]."""
-    x = x.expand(len(ids), -1, -1)
+    x = x.expand(ids.shape[0], -1, -1)
     return torch.gather(x, 1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
