@@ -218,7 +218,7 @@ def test_commands_there_and_back(tmp_path, capsys):
     assert verify.main([str(out)]) == 0
     with pytest.raises(SystemExit):
         to_torch.main(argv)
-    assert "must be empty" in capsys.readouterr().err
+    assert "must be new or empty" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
