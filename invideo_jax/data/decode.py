@@ -292,20 +292,20 @@ class VideoReader:
             outside the video.
         """
         self._deadline = Deadline(self.limits.decode_seconds, self.path)
-        wanted = sorted(set(int(i) for i in indices))
-        if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
+        places: dict[int, list[int]] = {}  # where in the result each frame goes
+        for place, index in enumerate(indices):
+            places.setdefault(int(index), []).append(place)
+        if not places or min(places) < 0 or max(places) >= len(self):
             raise IndexError(
                 f"indices must be in [0, {len(self)}) and not empty; got {list(indices)}."
             )
         if self._table.shown is not None:
-            wanted = [self._table.shown[i] for i in wanted]
-        images = _Images(self, view)
+            places = {self._table.shown[index]: at for index, at in places.items()}
+        wanted, images = sorted(places), _Images(self, view, places)
         if not (self._table.exact and self._try_seeking(wanted, images)):
             self.fallbacks += 1
             self._count(wanted, images)
-        number = {index: n for n, index in enumerate(sorted(set(int(i) for i in indices)))}
-        stack = [images.done[i] for i in wanted]
-        return np.stack([stack[number[int(i)]] for i in indices])
+        return images.pixels
 
     def _try_seeking(self, wanted: list[int], images: "_Images") -> bool:
         """Decodes the groups of pictures that hold the wanted frames; False where that cannot be done exactly."""
@@ -403,11 +403,25 @@ class VideoReader:
 
 
 class _Images:
-    """Pixels of the wanted frames, by frame number; the view is settled by the first frame that comes."""
+    """Pixels of the wanted frames, each written once, where it belongs in the result.
 
-    def __init__(self, reader: VideoReader, view: View | Callable[[int, int], View] | None):
-        self._reader, self._view, self._scaler = reader, view, None
-        self.done: dict[int, np.ndarray] = {}
+    The view is settled by the first frame that comes.
+
+    Args:
+        reader: whose frames come.
+        view: see `VideoReader.frames`.
+        places: where in the result each frame number goes.
+    """
+
+    def __init__(
+        self,
+        reader: VideoReader,
+        view: View | Callable[[int, int], View] | None,
+        places: dict[int, list[int]],
+    ):
+        self._reader, self._view, self._places, self._scaler = reader, view, places, None
+        self.done: set[int] = set()
+        self.pixels: np.ndarray | None = None
 
     def add(self, index: int, frame: av.VideoFrame) -> None:
         limit = self._reader.limits.max_pixels
@@ -421,12 +435,19 @@ class _Images:
             size = shown_size(frame)
             view = self._view(*size) if callable(self._view) else self._view or View()
             self._scaler = Scaler(view, size)
+            width, height = self._scaler.size
+            count = sum(len(at) for at in self._places.values())
+            self.pixels = np.empty((count, height, width, 3), np.uint8)
+        first, *others = self._places[index]
         try:
-            self.done[index] = self._scaler(frame)
+            self._scaler(frame, self.pixels[first])
         except av.FFmpegError as error:
             raise BadVideo(
                 "decode_error", self._reader.path, "scaling: " + _message(error)
             ) from None
+        for place in others:
+            self.pixels[place] = self.pixels[first]
+        self.done.add(index)
 
 
 def _message(error: Exception) -> str:

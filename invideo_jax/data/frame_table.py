@@ -65,6 +65,7 @@ def read_table(
     """
     frames, keys, present = [], [], True
     table = FrameTable([], [], [], [])
+    last = end_byte = largest = 0  # plain names and no max(): this loop runs once a packet
     for position, packet in enumerate(packets):
         if packet.is_corrupt:
             raise BadVideo("corrupt_packet", path, f"packet {position}")
@@ -79,11 +80,18 @@ def read_table(
             keys.append((pts, pts if dts is None else dts))
         if not packet.is_discard:  # edit lists: decoded, but never shown
             frames.append((pts, position))
-            table.end = max(table.end, pts + (packet.duration or 0))
-        table.end_byte = max(table.end_byte, (packet.pos or 0) + packet.size)
-        table.largest = max(table.largest, packet.size)
+            end = pts + (packet.duration or 0)
+            if end > last:
+                last = end
+        size = packet.size
+        byte = (packet.pos or 0) + size
+        if byte > end_byte:
+            end_byte = byte
+        if size > largest:
+            largest = size
     else:
         table.ended = True
+    table.end, table.end_byte, table.largest = last, end_byte, largest
     # Pictures shown before the first keyframe lean on one that is not in the file.
     frames = sorted(frame for frame in frames if not keys or frame[0] >= keys[0][0])
     if not frames:

@@ -61,8 +61,8 @@ class Scaler:
             frame, width=width, height=height, format="rgb24", interpolation=self.flags, threads=1
         ).to_ndarray()
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """Returns uint8 [H, W, 3] of the view."""
+    def __call__(self, frame: av.VideoFrame, out: np.ndarray) -> None:
+        """Writes the view of `frame` into `out`, uint8 [H, W, 3] of the view's size."""
         turns, (width, height) = quarter_turns(frame), shown_size(frame)
         sx, sy = width / self.reference[0], height / self.reference[1]
         x, y, w, h = self.box[0] * sx, self.box[1] * sy, self.box[2] * sx, self.box[3] * sy
@@ -74,23 +74,18 @@ class Scaler:
             image = self._turned(self._scale, frame, turns, max(zoom_w, out_w), max(zoom_h, out_h))
             left, top = round(x * out_w / w), round(y * out_h / h)
             left, top = min(left, image.shape[1] - out_w), min(top, image.shape[0] - out_h)
-            return _part(image, top, left, out_h, out_w)
+            out[:] = image[top : top + out_h, left : left + out_w]
+            return
         image = self._turned(self._scale, frame, turns, width, height)
         left, top = min(round(x), width - 1), min(round(y), height - 1)
-        part = _part(image, top, left, max(round(h), 1), max(round(w), 1))
-        if part.shape[:2] == (out_h, out_w):
-            return part
-        cut = av.VideoFrame.from_ndarray(part, format="rgb24")
-        return self._rgb(self._rescale, cut, out_w, out_h)
+        part = image[top : top + max(round(h), 1), left : left + max(round(w), 1)]
+        if part.shape[:2] != (out_h, out_w):
+            cut = av.VideoFrame.from_ndarray(np.ascontiguousarray(part), format="rgb24")
+            part = self._rgb(self._rescale, cut, out_w, out_h)
+        out[:] = part
 
     def _turned(self, scaler, frame, turns: int, width: int, height: int) -> np.ndarray:
         if turns % 2:
             width, height = height, width
         image = self._rgb(scaler, frame, width, height)
         return np.rot90(image, turns) if turns else image
-
-
-def _part(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """A box of a picture in memory of its own: a slice would keep all of the picture alive with it."""
-    part = image[top : top + height, left : left + width]
-    return np.ascontiguousarray(part) if part.size == image.size else part.copy()

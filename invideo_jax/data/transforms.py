@@ -228,7 +228,7 @@ def load_clip(
         bool(rng.random() < spec.flip) and flip_ok
     )  # drawn in any case: the later draws stay the same
     if flipped:
-        clip = np.ascontiguousarray(clip[:, :, ::-1])
+        mirror(clip)
     if spec.randaugment:
         clip = augment.rand_augment(clip, augment.parse_policy(spec.randaugment), rng)
     if spec.erase:
@@ -242,6 +242,18 @@ def load_clip(
         fallback=fallback,
         truncated=truncated,
     )
+
+
+def mirror(clip: np.ndarray) -> None:
+    """Exchanges left and right in place, uint8 [T, H, W, C].
+
+    One channel of one picture at a time: NumPy moves reversed pixels of 3 bytes one by one, at a
+    fifth of the speed.
+    """
+    for image in clip:
+        source = image.copy()
+        for channel in range(image.shape[-1]):
+            image[..., channel] = source[:, ::-1, channel]
 
 
 def pick_frames(spec: ClipSpec, times: np.ndarray, rng: np.random.Generator) -> np.ndarray:

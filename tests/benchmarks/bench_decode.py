@@ -8,13 +8,16 @@ frames at stride 4) it prints clips per CPU-second, which is per core, of
 
     needed    the limit: PyAV on one thread seeks to the keyframe of each needed group of pictures,
               decodes up to its last wanted frame, and converts nothing
-    ffmpeg    the same frames by `ffmpeg -threads 1 -f null`, less the CPU time of starting it and
-              decoding one frame; only where ffmpeg is installed
+    ffmpeg    `ffmpeg -threads 1 -f null` on a file with only the packets from the keyframe of each
+              needed group to its last wanted frame, so that it neither lists nor seeks; 8 clips in
+              one process, less the CPU time of starting it and decoding one frame; only where
+              ffmpeg is installed
     reader    VideoReader: 224 x 224 RGB of the wanted frames
     load_clip the whole of it: sampling, multi-scale crop, flip
 
 and the share that the reader and the whole of it reach of the limit, and of ffmpeg (target: 0.8).
-Methods take turns in one process; medians.
+Methods take turns; medians over repeats of the speeds, and of the shares within one repeat, which
+other load on the machine and the choice of frames change less.
 """
 
 import argparse
@@ -99,22 +102,32 @@ def decode_needed(path: str, groups: list[list[int]]) -> None:
                     break
 
 
-def decode_ffmpeg(path: str, groups: list[list[int]], scale: float) -> None:
-    for key, *times in groups:
-        length = max((times[-1] - key) * scale, 0.0) + 1e-3
-        command = [
-            "ffmpeg",
-            "-nostdin",
-            "-v",
-            "error",
-            "-threads",
-            "1",
-            "-ss",
-            f"{key * scale:.4f}",
-            "-i",
-            path,
-        ]
-        subprocess.run([*command, "-t", f"{length:.4f}", "-an", "-f", "null", "-"], check=True)
+def copy_needed(path: str, groups: list[list[list[int]]], target: str) -> None:
+    """Copies the packets that the groups of several clips need, keyframe to last wanted frame, to one file."""
+    with av.open(path) as container, av.open(target, "w", format="matroska") as out:
+        stream = container.streams.video[0]
+        copy, shift, end = out.add_stream_from_template(stream), 0, 0
+        for key, *times in (group for clip in groups for group in clip):
+            wanted, started = set(times), False
+            container.seek(key, stream=stream)
+            for packet in container.demux(stream):
+                if not started and packet.pts != key:
+                    continue
+                if not started:
+                    started, shift = True, end - packet.dts
+                wanted.discard(packet.pts)
+                packet.stream = copy
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                end = max(end, packet.pts + packet.duration)
+                out.mux(packet)
+                if not wanted:
+                    break
+
+
+def decode_ffmpeg(path: str, *options: str) -> None:
+    command = ["ffmpeg", "-nostdin", "-v", "fatal", "-threads", "1", "-i", path, *options]
+    command += ["-fps_mode", "passthrough", "-f", "null", "-"]
+    subprocess.run(command, check=True)
 
 
 def cpu_seconds(work) -> float:
@@ -132,13 +145,16 @@ def read_with_reader(path: str, wanted: np.ndarray) -> None:
         reader.frames(wanted, view=lambda w, h: View(((w - h) // 2, 0, h, h), (224, 224)))
 
 
-def measure(path: str, plan: str, repeats: int) -> dict[str, float]:
-    """Clips per CPU-second of each method; the median over clips of their own random frames."""
+def measure(path: str, plan: str, repeats: int, packets: str) -> dict[str, np.ndarray]:
+    """CPU seconds per clip of each method, each repeat with random frames of its own, equal for all methods.
+
+    `packets` names a file to write.
+    """
     with VideoReader(path) as reader:
-        count, scale = len(reader), float(reader._stream.time_base)
+        count = len(reader)
     spec = ClipSpec(8 if plan == "sparse8" else 16, 224, sampling=PLANS[plan])
     spent: dict[str, list[float]] = {}
-    batch = 4  # clips a measurement, against the coarse clock
+    batch = 8  # clips a measurement, against the coarse clock
     for repeat in range(repeats + 1):
         seeds = [repeat * batch + i for i in range(batch)]
         frames = [plan_frames(plan, count, s) for s in seeds]
@@ -151,18 +167,15 @@ def measure(path: str, plan: str, repeats: int) -> dict[str, float]:
             ],
         }
         if shutil.which("ffmpeg"):
-            methods["ffmpeg"] = lambda g=groups: [decode_ffmpeg(path, x, scale) for x in g]
-            methods["start"] = lambda g=groups: [
-                decode_ffmpeg(path, [y[:1] * 2 for y in x], scale) for x in g
-            ]
+            copy_needed(path, groups, packets)
+            methods["ffmpeg"] = lambda: decode_ffmpeg(packets)
+            methods["start"] = lambda: decode_ffmpeg(packets, "-frames:v", "1")
         for name, work in methods.items():
             spent.setdefault(name, []).append(cpu_seconds(work) / batch)
-    seconds = {
-        name: statistics.median(values[1:]) for name, values in spent.items()
-    }  # first: warm-up
-    if "ffmpeg" in seconds:
-        seconds["ffmpeg"] = max(seconds["ffmpeg"] - seconds.pop("start"), 1e-4)
-    return {name: 1 / value for name, value in seconds.items()}
+    spent = {name: np.asarray(values[1:]) for name, values in spent.items()}  # first: warm-up
+    if "ffmpeg" in spent:
+        spent["ffmpeg"] = np.maximum(spent["ffmpeg"] - spent.pop("start"), 1e-4)
+    return spent
 
 
 def main() -> None:
@@ -178,13 +191,19 @@ def main() -> None:
         )
         for path in files:
             for plan in PLANS:
-                speed = measure(path, plan, given.repeats)
-                ours = [speed[name] for name in ("reader", "load_clip")]
-                limits = [speed["needed"], speed.get("ffmpeg", float("nan"))]
-                shares = [f"{x / limit:.2f}" for limit in limits for x in ours]
+                spent = measure(path, plan, given.repeats, f"{folder}/packets.mkv")
+                names = ("needed", "ffmpeg", "reader", "load_clip")
+                spent.setdefault("ffmpeg", np.full(given.repeats, np.nan))
+                speeds = [1 / statistics.median(spent[name]) for name in names]
+                shares = [
+                    f"{statistics.median(spent[limit] / spent[name]):.2f}"
+                    for limit in names[:2]
+                    for name in names[2:]
+                ]
                 print(
-                    f"{os.path.basename(path)[-24:]:24} {plan:8} {limits[0]:9.1f} {limits[1]:9.1f} {ours[0]:9.1f} "
-                    f"{ours[1]:8.1f} {shares[0]:>15} {shares[1]:>6} {shares[2]:>8} {shares[3]:>6}",
+                    f"{os.path.basename(path)[-24:]:24} {plan:8}",
+                    "{:9.1f} {:9.1f} {:9.1f} {:8.1f}".format(*speeds),
+                    "{:>15} {:>6} {:>8} {:>6}".format(*shares),
                     flush=True,
                 )
 
