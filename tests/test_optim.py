@@ -289,9 +289,9 @@ def test_rules_of_the_real_video_mae():
     assert {x.path for x in table if x.weight_decay} == kernels
     assert {x.path for x in table if x.rule == "muon"} == {k for k in kernels if "/blocks/" in k}
     rates = {x.path: x.rate for x in optim.plan("adamw", boxed, layer_decay=0.5)}
-    assert rates["encoder/blocks/norm1/scale"] == (0.25, 0.5)
-    assert rates["patch_embed/kernel"] == rates["mask_token"] == 0.125
-    assert rates["decoder/blocks/norm1/scale"] == rates["norm/scale"] == 1.0
+    assert rates["encoder/stack/blocks/norm1/scale"] == (0.25, 0.5)
+    assert rates["encoder/patch_embed/kernel"] == rates["mask_token"] == 0.125
+    assert rates["decoder/blocks/norm1/scale"] == rates["encoder/norm/scale"] == 1.0
 
 
 # -------------------------------------------------------------------------------------- optimisers

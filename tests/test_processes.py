@@ -150,7 +150,8 @@ def test_hang_of_one_ends_both_with_stacks(tmp_path):
     runs[1].until("^hanging")
     began = time.monotonic()
     codes = ends(runs)
-    assert runtime.RESTART in codes and set(codes) <= {runtime.RESTART, ABORTED}, codes
+    # The other one ends too: by its own watchdog, by JAX, or with the error of a lost connection.
+    assert runtime.RESTART in codes and set(codes) <= {runtime.RESTART, ABORTED, runtime.CRASH}
     assert time.monotonic() - began < 40
     assert "in misbehave" in (folder / "hang-1.txt").read_text()
     assert steps_of(folder) == [1, 2, 3]

@@ -160,7 +160,8 @@ def test_a_hang_ends_with_all_stacks_on_disk(tmp_path):
     run.until("^hanging")
     began = time.monotonic()
     assert run.end() == runtime.RESTART, run.text
-    assert 1 < time.monotonic() - began < 30  # a limit of 2 s, and the end of the process on a busy machine
+    # A limit of 2 s, and the end of the process on a busy machine.
+    assert 1 < time.monotonic() - began < 30
     stacks = (folder / "hang-0.txt").read_text()
     assert "no progress for" in stacks and "phase 'step'" in stacks and "in misbehave" in stacks
     assert run.find(r"^saving (\d+)") == "2" and steps_of(folder) == [1, 2]

@@ -234,6 +234,7 @@ def test_best_checkpoint_is_saved_when_it_is_rated(run, evaluated, tmp_path):
     assert {s: kept.meta(s)["checkpoint"]["metric"] for s in rated} == rated
 
 
+@pytest.mark.slow
 def test_held_out_clips_do_not_depend_on_batch_or_mesh(run, videos, tmp_path):
     """13 of 16 clips, in batches of 8 and of 16, on 8 devices and on 2 x 4."""
     found = []

@@ -7,6 +7,8 @@
 Stage 1's branch of patches at sizes for a laptop: the teacher sees 8 frames of 64 px, 256 tokens; the student every second
 frame, and 52 of these tokens. `python tests/benchmarks/bench_distill.py` runs it and measures what was learned
 (docs/distillation.md). After the colon: `smoke`, for seconds instead of minutes.
+
+Hardware and hours: two CPU cores, about 6 minutes. Source: the settings are this project's own.
 """
 
 from configs import common

@@ -107,12 +107,12 @@ def test_merged_features_and_running_statistics_agree_with_torch(merge, norm):
 
 
 def test_attentive_starts_as_plain_and_adds_what_the_mlp_gives():
-    model, plain = small(variant="attentive"), small()
+    model, plain = small(variant="attentive", init_scale=1.0), small(init_scale=1.0)
     params = jax.jit(lambda: sharding.unbox(classifier.init(model, jax.random.key(0))))()
     bare = {k: v for k, v in params.items() if k != "extra_mlp"}
     same = jax.jit(lambda p: model.apply({"params": p}, videos())[0])
     want = jax.jit(lambda p: plain.apply({"params": p}, videos())[0])(bare)
-    np.testing.assert_allclose(same(params), want, atol=1e-7)
+    np.testing.assert_allclose(same(params), want, atol=1e-6)
     params["extra_mlp"]["down"]["bias"] = jnp.arange(64.0)[
         : params["extra_mlp"]["down"]["bias"].size
     ]

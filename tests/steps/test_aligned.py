@@ -206,6 +206,7 @@ def test_accumulation_changes_nothing():
     np.testing.assert_allclose(one[1]["loss"].value, four[1]["loss"].value, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     student, of, params, frozen, batch = everything()
     teach = aligned.make_teach(of, stage_key=KEY, grid=GRID, mask=MASK)

@@ -155,6 +155,7 @@ def test_batch_norm_moves_with_the_step_and_not_when_it_is_skipped():
         step_of(model, accumulation=2)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     model = tiny(variant="cat", merge="cls_avg1", merge_norm="kaiming_BN")
     step, current = step_of(model, freeze=(r"^encoder/",), mix=MIX)

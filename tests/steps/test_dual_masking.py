@@ -163,6 +163,7 @@ def test_the_loss_is_over_the_decoded_cubes_only():
     assert abs(float(plain - loss)) > 1e-5
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_under_two_masks():
     model, tx = tiny(), optax.sgd(0.1)
     begin = state.create(params_of(model), tx, keep_ema=False)

@@ -164,6 +164,7 @@ def test_momentum_one_is_a_frozen_teacher():
         jax.eval_shape(latent.make_train_step(**options), b, batch_of(2))
 
 
+@pytest.mark.slow
 def test_it_learns_and_does_not_collapse():
     model, tx = tiny(), optax.adam(5e-4)
     step = jax.jit(
@@ -199,6 +200,7 @@ def test_spread_is_zero_where_all_is_alike():
     np.testing.assert_allclose(bad["spread/clips"], want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_and_a_mesh_change_nothing():
     with jax.enable_x64(True):
         model, tx = tiny(dtype=jnp.float64), optax.sgd(1.0)
