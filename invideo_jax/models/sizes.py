@@ -70,6 +70,7 @@ _Video = VideoSize
 # Source: OpenGVLab/InternVideo, InternVideo2/single_modality/models. Nano, Micro and Mini are this
 # project's own, for CPUs.
 INTERNVIDEO2: dict[str, VideoSize] = {
+    "Nano": _Video(32, 2, 2, 64, 8, 4, 32),
     "Micro": _Video(48, 3, 3, 96, 8, 4, 32),
     "Mini": _Video(128, 4, 4, 512, 8, 4, 128),
     "S": _Video(384, 12, 6, 1536, 14, 16, 768, 22_302_336, 23_043_840),
