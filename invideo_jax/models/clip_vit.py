@@ -16,7 +16,7 @@ from invideo_jax.errors import UserError
 from invideo_jax.models import pixels
 from invideo_jax.models.attention import attend
 from invideo_jax.models.checks import check_multiple
-from invideo_jax.models.layers import Block, LayerNorm, Linear, Stack, named, xavier
+from invideo_jax.models.layers import Block, LayerNorm, Linear, Stack, named, uniform, xavier
 from invideo_jax.registry import nearest
 
 PyTree = Any
@@ -59,7 +59,7 @@ class MultiHead(nn.Module):
         return out(mixed)
 
 
-class ClipViT(nn.Module):
+class ClipViT(pixels.Geometry, nn.Module):
     """CLIP's image encoder on videos.
 
     Tokens are [B, prefix + V, D]: class tokens first (one a frame, or one with `joint`), then
@@ -99,33 +99,15 @@ class ClipViT(nn.Module):
         return 1
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """(t, h, w): tokens along time, height and width."""
-        side = self.image_size // self.patch
-        return self.frames, side, side
-
-    @property
-    def tokens(self) -> int:
-        """N = t*h*w."""
-        t, h, w = self.grid
-        return t * h * w
-
-    @property
     def prefix(self) -> int:
         """Class tokens in front of the patches' tokens."""
         return 1 if self.joint else self.frames
-
-    @property
-    def patch_pixels(self) -> int:
-        """Numbers in one patch."""
-        return self.patch**2 * self.channels
 
     def setup(self):
         self.check()
         _, h, w = self.grid
         table = nn.initializers.normal(self.width**-0.5)
-        uniform = self.patch_pixels**-0.5  # as PyTorch's convolution starts
-        init = lambda key, shape: jax.random.uniform(key, shape, minval=-uniform, maxval=uniform)
+        init = uniform(self.patch_pixels**-0.5)  # as PyTorch's convolution starts
         self.patch_embed = Linear(
             self.width, ("patch", "embed"), None, kernel_init=init, dtype=self.dtype
         )

@@ -50,12 +50,16 @@ def named(init: Initializer, *axes: str | None) -> Initializer:
     return nn.with_logical_partitioning(init, axes)
 
 
-def xavier(fan_in: int, fan_out: int) -> Initializer:
-    """Uniform in +-sqrt(6 / (fan_in + fan_out)), whatever the shape of the array."""
-    bound = (6.0 / (fan_in + fan_out)) ** 0.5
+def uniform(bound: float) -> Initializer:
+    """Uniform in +-bound. PyTorch starts linear and convolution layers so, at inputs^-0.5."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
     )
+
+
+def xavier(fan_in: int, fan_out: int) -> Initializer:
+    """Uniform in +-sqrt(6 / (fan_in + fan_out)), whatever the shape of the array."""
+    return uniform((6.0 / (fan_in + fan_out)) ** 0.5)
 
 
 class Linear(nn.Module):

@@ -1,7 +1,5 @@
 """Between videos and patches; normalisation constants."""
 
-from typing import Protocol
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,8 +86,14 @@ def unpatchify(
     )
 
 
-class Geometry(Protocol):
-    """What an encoder says of the videos it takes; see `video_mae.VideoMAEEncoder`."""
+class Geometry:
+    """What an encoder says of the videos it takes: a base of all encoders.
+
+    Attributes:
+        frames, image_size, channels: T, H = W, and C of the clips.
+        tubelet, patch: frames and side of one cube.
+        normalisation, dtype: constants that uint8 videos are normalised with, and the result's type.
+    """
 
     frames: int
     image_size: int
@@ -98,6 +102,23 @@ class Geometry(Protocol):
     patch: int
     normalisation: str
     dtype: jnp.dtype
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t, h, w): cubes along time, height and width."""
+        side = self.image_size // self.patch
+        return self.frames // self.tubelet, side, side
+
+    @property
+    def tokens(self) -> int:
+        """N = t*h*w, without class tokens."""
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def patch_pixels(self) -> int:
+        """Numbers in one cube: tubelet*patch*patch*C."""
+        return self.tubelet * self.patch**2 * self.channels
 
 
 def visible_cubes(video: jax.Array, visible: jax.Array | None, model: Geometry) -> jax.Array:

@@ -15,7 +15,7 @@ from einops import rearrange
 from invideo_jax.errors import UserError
 from invideo_jax.models import clip_vit, pixels
 from invideo_jax.models.clip_vit import ClipViT, MultiHead
-from invideo_jax.models.layers import LayerNorm, Linear, activation, named
+from invideo_jax.models.layers import LayerNorm, Linear, activation, named, uniform
 
 PyTree = Any
 
@@ -28,8 +28,7 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, t, h, w, D] to the same."""
-        width, bound = x.shape[-1], 27**-0.5  # PyTorch's bound for 27 inputs
-        init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        width, init = x.shape[-1], uniform(27**-0.5)  # PyTorch's bound for 27 inputs
         axes = (None, None, None, None, "norm")
         kernel = self.param("kernel", named(init, *axes), (3, 3, 3, 1, width))
         bias = self.param("bias", named(nn.initializers.zeros_init(), "norm"), (width,))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from invideo_jax.errors import UserError
 from invideo_jax.models import pixels, positions, sizes
 from invideo_jax.models.checks import check_multiple
-from invideo_jax.models.layers import Block, Linear, Stack, activation, named
+from invideo_jax.models.layers import Block, Linear, Stack, activation, named, uniform
 from invideo_jax.models.pooling import AttentionPool
 from invideo_jax.registry import nearest
 from invideo_jax.sharding import constrain
@@ -28,7 +28,7 @@ IMAGE_POSITIONS = ("average", "separate")
 NORMAL = nn.initializers.normal(0.02)
 
 
-class VideoEncoder(nn.Module):
+class VideoEncoder(pixels.Geometry, nn.Module):
     """Features of the visible patches of videos and images, with a class token in front.
 
     An image is a video of one frame given to a model of several.
@@ -76,23 +76,6 @@ class VideoEncoder(nn.Module):
     dtype: Any = jnp.float32
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """(t, h, w): tokens along time, height and width."""
-        side = self.image_size // self.patch
-        return self.frames // self.tubelet, side, side
-
-    @property
-    def tokens(self) -> int:
-        """N = t*h*w, without the class token."""
-        t, h, w = self.grid
-        return t * h * w
-
-    @property
-    def patch_pixels(self) -> int:
-        """Numbers in one cube: tubelet*patch*patch*C."""
-        return self.tubelet * self.patch**2 * self.channels
-
-    @property
     def prefix(self) -> int:
         """Class tokens in front of the patches."""
         return 1
@@ -100,12 +83,9 @@ class VideoEncoder(nn.Module):
     def setup(self):
         self.check()
         # The published convolution keeps PyTorch's default init, uniform within 1 / sqrt(inputs).
-        bound = self.patch_pixels**-0.5
-        uniform = lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-            key, shape, dtype, -bound, bound
-        )
+        init = uniform(self.patch_pixels**-0.5)
         self.patch_embed = Linear(
-            self.width, ("patch", "embed"), kernel_init=uniform, bias_init=uniform, dtype=self.dtype
+            self.width, ("patch", "embed"), kernel_init=init, bias_init=init, dtype=self.dtype
         )
         self.cls_token = self.param("cls_token", named(NORMAL, "norm"), (self.width,))
         self.tables = declare_tables(self, self)
@@ -175,16 +155,8 @@ class VideoEncoder(nn.Module):
         """Whether a batch holds images; raises UserError where it is neither images nor clips."""
         side, frames = self.image_size, video.shape[1] if video.ndim == 5 else 0
         lengths = {1, self.tubelet, self.frames}
-        if (
-            video.ndim != 5
-            or frames not in lengths
-            or video.shape[2:]
-            != (
-                side,
-                side,
-                self.channels,
-            )
-        ):
+        picture = (side, side, self.channels)
+        if video.ndim != 5 or frames not in lengths or video.shape[2:] != picture:
             raise UserError(
                 f"A video batch must be [B, T, H, W, C] = [B, {self.frames}, {side}, {side}, "
                 f"{self.channels}], with T=1 for images; got shape={list(video.shape)}. Make clips "

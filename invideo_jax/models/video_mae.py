@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from invideo_jax.models import pixels, positions, sizes
 from invideo_jax.models.attention import attend
 from invideo_jax.models.checks import check_multiple
-from invideo_jax.models.layers import Block, Initializer, LayerNorm, Linear, Stack, named
+from invideo_jax.models.layers import Block, LayerNorm, Linear, Stack, named, uniform
 from invideo_jax.sharding import constrain
 
 PyTree = Any
 
 
-class VideoMAEEncoder(nn.Module):
+class VideoMAEEncoder(pixels.Geometry, nn.Module):
     """Pre-norm blocks over visible cubes; a fixed sinusoid for positions, no class token.
 
     Attributes:
@@ -65,27 +65,10 @@ class VideoMAEEncoder(nn.Module):
         """Class tokens in front of the cubes' tokens: none."""
         return 0
 
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """(t, h, w): tokens along time, height and width."""
-        side = self.image_size // self.patch
-        return self.frames // self.tubelet, side, side
-
-    @property
-    def tokens(self) -> int:
-        """N = t*h*w."""
-        t, h, w = self.grid
-        return t * h * w
-
-    @property
-    def patch_pixels(self) -> int:
-        """Numbers in one cube: tubelet*patch*patch*C."""
-        return self.tubelet * self.patch**2 * self.channels
-
     def setup(self):
         self.check()
         # The published convolution keeps PyTorch's default init, uniform within 1 / sqrt(inputs).
-        init = _uniform(self.patch_pixels**-0.5)
+        init = uniform(self.patch_pixels**-0.5)
         self.patch_embed = Linear(
             self.width, ("patch", "embed"), kernel_init=init, bias_init=init, dtype=self.dtype
         )
@@ -177,7 +160,7 @@ class VideoMAE(nn.Module):
             self.decoder_width,
             ("embed", None),
             bias_axis=None,
-            kernel_init=_uniform(encoder.width**-0.5),
+            kernel_init=uniform(encoder.width**-0.5),
             dtype=dtype,
         )
         # Normal, standard deviation 0.02, cut at one standard deviation.
@@ -265,12 +248,6 @@ def _blocks(encoder: VideoMAEEncoder, heads: int, mlp_width: int) -> Callable[..
         layer_scale=encoder.layer_scale,
         dtype=encoder.dtype,
         attend=encoder.attend,
-    )
-
-
-def _uniform(bound: float) -> Initializer:
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
     )
 
 
