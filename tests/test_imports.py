@@ -10,7 +10,7 @@ PACKAGE = REPOSITORY / "invideo_jax"
 
 # What stands in a row may import rows below it, and within its own row; nothing above.
 LAYERS = (
-    ("train", "evaluate", "features", "teacher_cache"),
+    ("train", "evaluate", "features", "search", "teacher_cache"),
     ("run",),
     ("checks",),
     ("build", "teaching", "stage_start"),
@@ -20,7 +20,18 @@ LAYERS = (
     ("handover",),
     ("steps", "scale", "interop", "explain"),
     ("models",),
-    ("masking", "mixing", "text_masking", "negatives", "losses", "optim", "state", "sharding"),
+    (
+        "masking",
+        "mixing",
+        "text_masking",
+        "negatives",
+        "pairs",
+        "losses",
+        "optim",
+        "state",
+        "sharding",
+        "towers",
+    ),
     (
         "checkpoint",
         "checkpoint_list",
