@@ -20,12 +20,13 @@ Only process 0 writes files.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from invideo_jax.registry import Registry
+from invideo_jax.towers import Towers
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -58,6 +59,13 @@ class Given:
         predict: (params, batch) -> logits [B, classes], or None.
         classes: names of the labels, in their order; empty where unknown.
         workdir: folder for files.
+        encode_tokens: (params, batch) -> the frozen encoder's tokens of whole clips, [B, N, D], or None.
+        towers: of a model of several modalities; its functions are not jitted. None for others.
+        texts: (examples, *, of='held_out', kind='video') -> for each of the first `examples` videos, in
+            the order of `batches`, its texts of one kind: 'video', 'audio', 'audio_video', 'fused',
+            'speech' (the transcript), or the first there is of 'fused|video'. An empty tuple where
+            an example has none. A row of a batch with one view belongs to the texts at its position.
+            None where the data has no texts.
     """
 
     batches: Callable[..., Iterable[Batch]]
@@ -67,3 +75,6 @@ class Given:
     predict: Callable[[PyTree, Batch], jax.Array] | None = None
     classes: tuple[str, ...] = ()
     workdir: pathlib.Path | None = None
+    encode_tokens: Callable[[PyTree, Batch], jax.Array] | None = None
+    towers: Towers | None = None
+    texts: Callable[..., Sequence[tuple[str, ...]]] | None = None
