@@ -160,6 +160,7 @@ def evaluators(
         batches=batches,
         eval_loss=jax.jit(made.eval_loss),
         encode=jax.jit(made.encode),
+        encode_tokens=jax.jit(made.encode_tokens),
         reconstruct=jitted(made.reconstruct),
         predict=jitted(made.predict),
         classes=next((source.classes for source in train if source.classes), ()),

@@ -161,13 +161,20 @@ class Program:
 
         Where the stage does not train the pool, it is the mean of the patch tokens, [B, D].
         """
+        mean = lambda module, tokens: tokens[:, module.prefix :].mean(axis=1)
+        pool = type(self.encoder).pooled if self.pool_trained else mean
+        return self._run_encoder(params, batch, pool)
+
+    def encode_tokens(self, params: PyTree, batch: Batch) -> jax.Array:
+        """Tokens of whole clips from the parameters of the stage, the class tokens first, [B, N, D]."""
+        return self._run_encoder(params, batch, lambda module, tokens: tokens)
+
+    def _run_encoder(self, params: PyTree, batch: Batch, last: Callable) -> jax.Array:
         for name in self.encoder_path.split("/"):
             params = params[name]
         # The clips may hold more frames than this encoder takes, for a teacher that sees them all.
         video = batch["video"][:, :: batch["video"].shape[1] // self.encoder.frames]
-        mean = lambda module, tokens: tokens[:, module.prefix :].mean(axis=1)
-        pool = type(self.encoder).pooled if self.pool_trained else mean
-        run = lambda module: pool(module, module(video)[0])
+        run = lambda module: last(module, module(video)[0])
         return nn.apply(run, self.encoder)({"params": params})
 
     def with_read(
