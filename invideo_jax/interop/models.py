@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from invideo_jax import sharding
 from invideo_jax.errors import UserError
 from invideo_jax.models import pixels
+from invideo_jax.models.llama import LlamaText
 from invideo_jax.models.text_encoder import Bert, ClipText
 from invideo_jax.registry import Registry
 
@@ -32,8 +33,10 @@ MODELS = Registry(
         "projected": "invideo_jax.models.alignment:ProjectedEncoder",
         "classifier": "invideo_jax.models.classifier:Classifier",
         "stage2": "invideo_jax.models.stage2:Stage2",
-        "video_clip": "invideo_jax.models.stage2:VideoClip",
+        "video_clip": "invideo_jax.models.video_clip:VideoClip",
+        "pooled": "invideo_jax.models.video_clip:PooledEncoder",
         "bert": "invideo_jax.models.text_encoder:Bert",
+        "llama_text": "invideo_jax.models.llama:LlamaText",
         "clip_text": "invideo_jax.models.text_encoder:ClipText",
         "clip_vit": "invideo_jax.models.clip_vit:ClipViT",
         "umt": "invideo_jax.models.umt:UMTStudent",
@@ -43,7 +46,7 @@ MODELS = Registry(
         "fused_classifier": "invideo_jax.models.fusion:FusedClassifier",
     },
 )
-TEXT = (Bert, ClipText)  # the towers that see no video
+TEXT = (Bert, ClipText, LlamaText)  # the towers that see no video
 # Attributes that change no number of the model in evaluation.
 RUNNING = ("parent", "name", "scan", "remat", "dtype", "drop_path", "dropout")
 
@@ -250,6 +253,8 @@ def _with_text(model: nn.Module, params: PyTree, video: Any, ids: Any, valid: An
     apply = lambda *inputs, **options: model.apply({"params": params}, *inputs, **options)
     if isinstance(model, ClipText):
         return dict(zip(("embedding", "tokens"), apply(ids)))
+    if isinstance(model, LlamaText):
+        return apply(ids, valid)
     if isinstance(model, Bert):
         tokens = apply(ids, valid, method="encode")
         words = {"words": apply(tokens, method="words")} if model.word_head else {}

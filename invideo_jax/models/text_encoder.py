@@ -261,6 +261,12 @@ class Bert(nn.Module):
             )
 
 
+def last_token(valid: jax.Array) -> jax.Array:
+    """Place of the last True of each row, int [B] of bool [B, L]; 0 where there is none."""
+    places = jnp.arange(valid.shape[1])
+    return jnp.max(jnp.where(valid.astype(bool), places, 0), axis=1)
+
+
 class CausalBlock(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)); sees what `mask` lets it."""
 
@@ -328,14 +334,27 @@ class ClipText(nn.Module):
             self.output_width, ("embed", None), None, kernel_init=narrow, dtype=self.dtype
         )
 
-    def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Features of texts that end in the vocabulary's highest id, and may be padded after it.
+    def __call__(
+        self, ids: jax.Array, valid: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """'embedding' and 'tokens' of `features`."""
+        out = self.features(ids, valid)
+        return out["embedding"], out["tokens"]
+
+    def features(
+        self, ids: jax.Array, valid: jax.Array | None = None, *, keys: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Features of texts, each taken at the text's last token.
 
         Args:
             ids: int [B, L], at most `positions` long.
+            valid: bool [B, L], False = padding, behind the text. None: texts end in the vocabulary's
+                highest id, as those of CLIP's tokeniser do. A causal tower's tokens never see what
+                is behind them; in another, padding is not looked at.
+            keys: not used, there is nothing random here.
 
         Returns:
-            [B, P], at the first highest id; and all tokens after the last norm, [B, L, D].
+            'tokens' [B, L, D] after the last norm, 'pooled' [B, D], 'embedding' [B, P].
         """
         length = ids.shape[1]
         if length > self.positions:
@@ -344,10 +363,14 @@ class ClipText(nn.Module):
                 f"positions={self.positions}. Cut the texts."
             )
         x = jnp.take(self.word_embedding, ids, axis=0) + self.position_embedding[:length]
-        mask = jnp.tril(jnp.ones((1, length, length), bool)) if self.causal else None
+        if self.causal:
+            mask = jnp.tril(jnp.ones((1, length, length), bool))
+        else:
+            mask = None if valid is None else valid.astype(bool)[:, None, :]
         x = self.norm(self.stack(x.astype(self.dtype), mask)[0])
-        last = masking.gather(x, jnp.argmax(ids, axis=1)[:, None])[:, 0]
-        return self.projection(last), x
+        last = jnp.argmax(ids, axis=1) if valid is None else last_token(valid)
+        pooled = masking.gather(x, last[:, None])[:, 0]
+        return dict(tokens=x, pooled=pooled, embedding=self.projection(pooled))
 
     def check(self) -> None:
         """Raises UserError where attributes do not fit together; builds nothing."""

@@ -36,6 +36,7 @@ from invideo_jax.models import (
     clip_vit,
     positions,
     stage2,
+    video_clip,
     video_encoder,
     video_mae,
 )
@@ -75,7 +76,7 @@ MODELS = {
     "videomae_encoder": lambda: video_mae.build_encoder("Micro", **TINY),
     "clip_visual": lambda: clip_vit.ClipViT(64, 2, 1, 96, embed=24, patch=8, frames=4, image_size=16),
     "clip_visual_hf": lambda: clip_vit.ClipViT(64, 2, 1, 96, embed=24, patch=8, frames=4, image_size=16),
-    "internvideo2_clip": lambda: stage2.VideoClip(
+    "internvideo2_clip": lambda: video_clip.VideoClip(
         projected(), ClipText(32, 2, 2, 40, 24, vocabulary=30, positions=12, activation="gelu")
     ),
     "internvideo2_stage2": lambda: stage2.Stage2(

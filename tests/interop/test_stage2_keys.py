@@ -10,10 +10,10 @@ from flax.traverse_util import flatten_dict
 
 from invideo_jax import sharding
 from invideo_jax.errors import UserError
-from invideo_jax.interop import mapping
+from invideo_jax.interop import mapping, models
 from invideo_jax.interop.from_torch import to_params
 from invideo_jax.interop.to_torch import to_state_dict
-from invideo_jax.models import alignment, stage2, video_encoder
+from invideo_jax.models import alignment, stage2, video_clip, video_encoder
 from invideo_jax.models.text_encoder import Bert, ClipText
 
 LARGE = dict(width=1024, depth=24, heads=16, mlp_width=4096, fusion_from=19)
@@ -21,7 +21,7 @@ MOBILECLIP = dict(width=512, depth=12, heads=8, mlp_width=2048, output_width=512
 
 
 def abstract(model):
-    return sharding.unbox(jax.eval_shape(lambda: stage2.init(model, jax.random.key(0))))
+    return models.abstract(model)
 
 
 def listed(model, layout, params=None):
@@ -67,7 +67,7 @@ def test_the_1b_model_has_the_published_keys_shapes_and_count(request):
 
 def test_mobileclip_b_has_the_published_keys_and_shapes(request):
     vision = alignment.ProjectedEncoder(video_encoder.build("Micro"), 512)
-    found = listed(stage2.VideoClip(vision, ClipText(**MOBILECLIP)), "internvideo2_clip")
+    found = listed(video_clip.VideoClip(vision, ClipText(**MOBILECLIP)), "internvideo2_clip")
     text = {k[13:]: v for k, v in found.items() if k.startswith("text_encoder.")}
     assert len(text) == 149 and sum(math.prod(s) for _, s in text.values()) == 63_428_096
     assert found["vision_align.1.weight"] == ["float32", [512, 32]] and found["temp"][1] == []
@@ -88,7 +88,7 @@ def small(**text):
 
 def clip():
     vision = alignment.ProjectedEncoder(video_encoder.build("Micro", frames=2, image_size=16), 6)
-    return stage2.VideoClip(vision, ClipText(16, 2, 2, 32, 6, vocabulary=20, positions=8))
+    return video_clip.VideoClip(vision, ClipText(16, 2, 2, 32, 6, vocabulary=20, positions=8))
 
 
 def random_params(model, dtype=np.float32):

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from invideo_jax.errors import UserError
 from invideo_jax.interop import folder, from_torch, models, to_torch, verify
-from invideo_jax.models import alignment, stage2, video_encoder
+from invideo_jax.models import alignment, stage2, video_clip, video_encoder
 from invideo_jax.models.text_encoder import Bert, ClipText
 
 torch = pytest.importorskip("torch")
@@ -39,7 +39,7 @@ def pairs(text=(), **options):
 
 def clip():
     vision = alignment.ProjectedEncoder(video_encoder.build("Micro", **TINY), 6)
-    return stage2.VideoClip(vision, clip_text(activation="gelu"))
+    return video_clip.VideoClip(vision, clip_text(activation="gelu"))
 
 
 CASES = {
