@@ -1,5 +1,6 @@
 """What every train step shares: gradients of sums, accumulation, clipping, the finite guard, EMA."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,26 @@ Metrics = dict[str, Any]
 # (params, batch) -> (the loss, more averages by name); every term depends on its own example only.
 LossFn = Callable[[PyTree, Batch], tuple[Mean, dict[str, Mean]]]
 Schedule = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A loss over the whole batch at once, in two parts; what stands for `loss_fn` with `two_pass`.
+
+    Attributes:
+        encode: (params, batch) -> arrays [B, ...] by name, floating point; those of a row depend on this row
+            only.
+        join: (params, these arrays, batch) -> as a `LossFn`; terms may depend on all rows.
+    """
+
+    encode: Callable[[PyTree, Batch], dict[str, jax.Array]]
+    join: Callable[[PyTree, Mapping[str, jax.Array], Batch], tuple[Mean, dict[str, Mean]]]
+
+    def __call__(self, params: PyTree, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        """The loss, in one pass."""
+        return self.join(params, self.encode(params, batch), batch)
+
+
 _STACK = "blocks"  # a part of a parameter's path under which leaves are stacked over layers
 
 
@@ -25,7 +46,7 @@ def update(
     state: TrainState,
     batch: Batch,
     *,
-    loss_fn: LossFn,
+    loss_fn: LossFn | Split,
     tx: optax.GradientTransformation,
     accumulation: int = 1,
     clip_norm: float | None = None,
@@ -33,6 +54,8 @@ def update(
     ema_decay: float | None = None,
     ema_warmup: bool = False,
     trainable: PyTree | None = None,
+    find_gradients: Callable[..., tuple[Mean, dict[str, Mean], PyTree]] | None = None,
+    within_bounds: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One train step; pure, so it can be jitted with the state donated.
 
@@ -49,6 +72,8 @@ def update(
         ema_decay: of the moving average of the parameters; None keeps none.
         ema_warmup: the n-th update uses min(ema_decay, (1 + n) / (10 + n)).
         trainable: bool for each parameter; no gradient is computed where False. None: all True.
+        find_gradients: `gradients`, or `two_pass` for a loss that is a `Split`. None: the former.
+        within_bounds: puts updated parameters back to where they are allowed to be; None: anywhere.
 
     Returns:
         The next state, and metrics: `loss` and what `loss_fn` names (`Mean`s); `grad_norm` (before
@@ -61,7 +86,7 @@ def update(
     """
     if trainable is None:
         trainable = jax.tree.map(lambda _: True, state.params)
-    loss, averages, grads = gradients(
+    loss, averages, grads = (find_gradients or gradients)(
         loss_fn, state.params, batch, trainable=trainable, accumulation=accumulation
     )
     squares = _squares(grads)
@@ -88,6 +113,7 @@ def update(
 
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
     params = optax.apply_updates(state.params, updates)
+    params = within_bounds(params) if within_bounds is not None else params
     ema = state.ema
     if ema_decay is not None:
         ema = keep(_average(state.ema, params, ema_decay, ema_warmup, applied), state.ema)
@@ -138,24 +164,66 @@ def gradients(
         sums, (loss, averages) = grad(free, batch)
     else:
         sums, (loss, averages) = _accumulate(grad, free, batch, accumulation)
+    return loss, averages, _per_weight(sums, loss)
+
+
+def two_pass(
+    split: Split, params: PyTree, batch: Batch, *, trainable: PyTree, accumulation: int = 1
+) -> tuple[Mean, dict[str, Mean], PyTree]:
+    """As `gradients`, of a loss that looks at the whole batch at once; just as exact.
+
+    The first pass encodes all microbatches and keeps only what `join` reads; `join` gives the loss, and
+    its gradient by that; the second pass encodes each microbatch again and takes this gradient back to the
+    parameters. So activations are held for one microbatch.
+
+    Source: GradCache (arXiv:2101.06983).
+    """
+    if accumulation == 1:
+        return gradients(split, params, batch, trainable=trainable)
+    free, frozen = _select(params, trainable), _select(params, trainable, invert=True)
+    rows = _check_parts(batch, accumulation) // accumulation
+    encoded = in_parts(split.encode, rows)(params, batch)
+
+    def total(free, encoded):
+        loss, averages = split.join(_merge(free, frozen), encoded, batch)
+        return loss.total, (jax.lax.stop_gradient(loss), averages)
+
+    grad = jax.grad(total, (0, 1), has_aux=True)
+    (sums, cotangents), (loss, averages) = grad(free, encoded)
+
+    def pull(free, rows):
+        batch, cotangents = rows
+        _, back = jax.vjp(lambda free: split.encode(_merge(free, frozen), batch), free)
+        return back(cotangents)[0]
+
+    more = _accumulate(pull, free, (batch, cotangents), accumulation)
+    return loss, averages, _per_weight(jax.tree.map(jnp.add, sums, more), loss)
+
+
+def _per_weight(sums: PyTree, loss: Mean) -> PyTree:
     weight = jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
-    return loss, averages, jax.tree.map(lambda g: (g / weight).astype(g.dtype), sums)
+    return jax.tree.map(lambda g: (g / weight).astype(g.dtype), sums)
 
 
-def _accumulate(grad: Callable, params: PyTree, batch: Batch, parts: int):
-    rows = {name: x.shape[0] for name, x in batch.items()}
-    if any(n % parts for n in rows.values()):
+def _check_parts(batch: PyTree, parts: int) -> int:
+    rows = {x.shape[0] for x in jax.tree.leaves(batch)}
+    if any(n % parts for n in rows):
         raise UserError(
-            f"The batch must be a multiple of accumulation; got batch={max(rows.values())}, "
+            f"The batch must be a multiple of accumulation; got batch={max(rows)}, "
             f"accumulation={parts}. Change either."
         )
+    return max(rows)
+
+
+def _accumulate(grad: Callable, params: PyTree, batch: PyTree, parts: int):
+    _check_parts(batch, parts)
     micro = _microbatches(batch, parts)
     widen = lambda x: jnp.promote_types(x.dtype, jnp.float32)
     shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, widen(x)), shapes)
 
     def body(sums, rows):
-        found = grad(params, _on_rows(rows))
+        found = grad(params, on_rows(rows))
         return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, found), None
 
     return jax.lax.scan(body, zeros, micro)[0]
@@ -178,25 +246,26 @@ def in_parts(apply: Callable[[PyTree, Batch], dict[str, jax.Array]], rows: int):
         parts = next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= rows)
         if parts == 1:
             return apply(params, batch)
-        body = lambda _, micro: (None, _on_rows(apply(params, _on_rows(micro))))
+        body = lambda _, micro: (None, on_rows(apply(params, on_rows(micro))))
         _, made = jax.lax.scan(body, None, _microbatches(batch, parts))
         join = lambda x: x.swapaxes(0, 1).reshape(whole, *x.shape[2:])
-        return _on_rows({name: join(x) for name, x in made.items()})
+        return on_rows({name: join(x) for name, x in made.items()})
 
     return run
 
 
-def _microbatches(batch: Batch, parts: int) -> dict[str, jax.Array]:
+def _microbatches(batch: PyTree, parts: int) -> PyTree:
     """Arrays [parts, B / parts, ...]; microbatch m has rows m, m + parts, ... of the batch.
 
     So every device keeps working on rows it holds.
     """
     cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    return {name: cut(x) for name, x in batch.items()}
+    return jax.tree.map(cut, batch)
 
 
-def _on_rows(batch: Batch) -> dict[str, jax.Array]:
-    return {k: constrain(x, "batch", *(None,) * (x.ndim - 1)) for k, x in batch.items()}
+def on_rows(batch: PyTree) -> PyTree:
+    """Says of arrays [B, ...] that their rows lie over the devices as those of a batch."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), batch)
 
 
 def name_of_leaf(index: int, params: PyTree, trainable: PyTree | None = None) -> str:
