@@ -125,6 +125,26 @@ def contrastive(
     return mean((one_way(scores) + one_way(scores.T)) / 2, valid)
 
 
+def sigmoid_contrastive(
+    scores: jax.Array, ids: jax.Array | None = None, valid: jax.Array | None = None
+) -> Mean:
+    """Every pair on its own: -log sigmoid(score) where it belongs together, of -score where not.
+
+    Args:
+        scores, ids, valid: as in `contrastive`; scores with the bias in them.
+
+    Returns:
+        The sum over pairs of valid rows and columns, per valid row.
+
+    Source: SigLIP, arXiv:2303.15343, algorithm 1.
+    """
+    size = len(scores)
+    ids = jnp.arange(size) if ids is None else ids
+    valid = jnp.ones(size, bool) if valid is None else valid.astype(bool)
+    terms = jax.nn.softplus(jnp.where(ids[:, None] == ids[None, :], -scores, scores))
+    return mean(jnp.where(valid[None, :], terms, 0).sum(1), valid)
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Mean:
     """Cross-entropy with the labels' classes.
 

@@ -26,6 +26,7 @@ LAYERS = (
         "text_masking",
         "negatives",
         "pairs",
+        "ring",
         "losses",
         "optim",
         "state",
