@@ -14,6 +14,7 @@ def attend(
     heads: int,
     scale: float | None = None,
     mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
     keys: jax.Array | None = None,
     dropout: float = 0.0,
 ) -> jax.Array:
@@ -28,6 +29,7 @@ def attend(
         heads: K.
         scale: factor on the scores; default head^-0.5.
         mask: bool [B or 1, Nq or 1, Nk], True = may be looked at; None = all.
+        bias: float [B or 1, K, Nq, Nk], added to the scores; None = nothing.
         keys: [B] random keys of the dropout of weights, None for none.
         dropout: share of weights dropped, in [0, 1).
 
@@ -37,8 +39,8 @@ def attend(
     query = constrain(query, "batch", "tokens", "act_heads")
     key = constrain(key, "batch", "kv_tokens", "act_heads")
     value = constrain(value, "batch", "kv_tokens", "act_heads")
-    shares = drop(weights(query, key, heads=heads, scale=scale, mask=mask), keys, dropout)
-    return constrain(mix(shares, value), "batch", "tokens", "act_heads")
+    shares = weights(query, key, heads=heads, scale=scale, mask=mask, bias=bias)
+    return constrain(mix(drop(shares, keys, dropout), value), "batch", "tokens", "act_heads")
 
 
 def weights(
@@ -48,12 +50,15 @@ def weights(
     heads: int,
     scale: float | None = None,
     mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax over keys, [B, K, Nq, Nk] in float32 (float64 stays float64); arguments as `attend`."""
     scale = (query.shape[-1] // heads) ** -0.5 if scale is None else scale
     query, key = _split(query * scale, heads), _split(key, heads)
     accumulate = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=accumulate)
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype)
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
     return jax.nn.softmax(scores, axis=-1)

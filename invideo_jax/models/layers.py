@@ -160,7 +160,8 @@ class Attention(nn.Module):
     attend: Callable[..., jax.Array] = attend
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`x` [B, N, D]; `mask` as in `attention.attend`."""
         width = x.shape[-1]
         # The published layer is one [D, 3D] matrix, and Xavier's bound is taken from that shape.
         into = functools.partial(
@@ -179,7 +180,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             query = RMSNorm(self.eps, self.dtype, name="query_norm")(query)
             key = RMSNorm(self.eps, self.dtype, name="key_norm")(key)
-        mixed = self.attend(query, key, value, heads=self.heads, scale=self.scale)
+        masked = {} if mask is None else {"mask": mask}
+        mixed = self.attend(query, key, value, heads=self.heads, scale=self.scale, **masked)
         out = functools.partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
         return out(width, ("heads", "embed"), name="out")(mixed)
 
@@ -243,9 +245,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, keys: jax.Array | None = None, rate: jax.Array | float = 0.0
+        self,
+        x: jax.Array,
+        keys: jax.Array | None = None,
+        rate: jax.Array | float = 0.0,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
-        """`x` [B, N, D]; `keys` [B] drop paths at `rate`, None keeps all."""
+        """`x` [B, N, D]; `keys` [B] drop paths at `rate`, None keeps all; `mask` of attention."""
         make_norm = norm(self.norm)
         attention = Attention(
             self.heads,
@@ -261,7 +267,7 @@ class Block(nn.Module):
         )
         mlp = Mlp(self.mlp_width, self.activation, self.kernel_init, self.dtype, name="mlp")
         x = constrain(x, "batch", "tokens", "act_embed")
-        y = attention(make_norm(self.eps, self.dtype, name="norm1")(x))
+        y = attention(make_norm(self.eps, self.dtype, name="norm1")(x), mask)
         x = x + self._branch(y, "scale1", keys, 0, rate)
         y = mlp(make_norm(self.eps, self.dtype, name="norm2")(x))
         x = x + self._branch(y, "scale2", keys, 1, rate)

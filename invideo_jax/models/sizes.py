@@ -1,6 +1,8 @@
 """Published model sizes, in one table; every row's parameter count is asserted by a test."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
@@ -79,6 +81,63 @@ INTERNVIDEO2: dict[str, VideoSize] = {
     "1B": _Video(1408, 40, 16, 6144, 14, 16, 768, 1_013_666_432, 1_020_708_608),
     "6B": _Video(3200, 48, 25, 12800, 14, 16, 768, 5_908_528_000, 5_941_735_168),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class BeatsSize:
+    """One row: D, layers, heads K, MLP width F, width of the patches; the position convolution.
+
+    `params` is the number of parameters of the published file, None for sizes that nobody published.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    embed: int = 512
+    conv_positions: int = 128
+    conv_groups: int = 16
+    params: int | None = None
+
+
+# Source: BEATs (arXiv:2212.09058) 4.2. Micro is this project's own, for tests.
+BEATS: dict[str, BeatsSize] = {
+    "Micro": BeatsSize(32, 2, 2, 64, 24, 8, 4),
+    "B": BeatsSize(768, 12, 12, 3072, params=90_311_792),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioViTSize:
+    """One row: D, layers, heads K, MLP width F; `params` with fixed positions."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    params: int | None = None
+
+
+# This project's own, with the widths of VideoMAE's sizes of these names.
+AUDIO_VIT: dict[str, AudioViTSize] = {
+    "Micro": AudioViTSize(32, 2, 2, 64),
+    "Mini": AudioViTSize(128, 4, 4, 512),
+    "S": AudioViTSize(384, 12, 6, 1536, 21_388_416),
+    "B": AudioViTSize(768, 12, 12, 3072, 85_244_160),
+}
+
+
+def row(table: Mapping[str, Any], size: str) -> Any:
+    """The row of a table called `size`.
+
+    Raises:
+        UserError: unknown size.
+    """
+    if size not in table:
+        raise UserError(
+            f"The model size must be a row of the table; got size={size!r}.{nearest(size, table)}"
+        )
+    return table[size]
 
 
 def video_mae(size: str) -> VideoMAESize:
