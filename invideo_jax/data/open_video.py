@@ -38,6 +38,7 @@ REASONS = {
     "too_long": "longer, or more frames, than allowed",
     "timeout": "reading or decoding took more CPU time than allowed",
     "hanging": "reading did not come to an end",
+    "bad_sound": "the sound track is damaged, or of a kind that is not read",
     "codec": "no decoder for this codec in the installed PyAV",
 }
 
@@ -148,6 +149,22 @@ def open_container(
     Raises:
         BadVideo: it cannot be opened, or lies outside the limits.
     """
+    container = open_file(source, limits, name)
+    try:
+        return container, pick_picture(container, limits, name)
+    except BaseException:
+        container.close()
+        raise
+
+
+def open_file(
+    source: str | bytes, limits: Limits, name: str, formats: str = FORMATS
+) -> "av.container.InputContainer":
+    """Opens a local file or bytes in one of `formats`, whatever streams it holds.
+
+    Raises:
+        BadVideo: it cannot be opened.
+    """
     if isinstance(source, str):
         check_path(source)
         target, head = "file:" + source, _head(source)
@@ -156,11 +173,11 @@ def open_container(
             raise BadVideo("empty", name)
         target, head = io.BytesIO(source), bytes(source[:12])
     try:
-        container = av.open(
+        return av.open(
             target,
             **_ANY_TITLES,
             options={"max_pixels": _decoder_limit(limits)},
-            container_options={"protocol_whitelist": "file", "format_whitelist": FORMATS},
+            container_options={"protocol_whitelist": "file", "format_whitelist": formats},
         )
     except av.error.PermissionError:
         raise BadVideo("permission", name) from None
@@ -173,11 +190,6 @@ def open_container(
             b"free",
         )
         raise BadVideo("cannot_open" if known else "not_video", name, _text(error)) from None
-    try:
-        return container, _pick_stream(container, limits, name)
-    except BaseException:
-        container.close()
-        raise
 
 
 def _head(path: str) -> bytes:
@@ -197,7 +209,14 @@ def _text(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _pick_stream(container, limits: Limits, name: str):
+def pick_picture(
+    container: "av.container.InputContainer", limits: Limits, name: str
+) -> "av.video.stream.VideoStream":
+    """The picture stream that `open_container` gives, set up as said there.
+
+    Raises:
+        BadVideo: there is none that can be decoded, or it lies outside the limits.
+    """
     pictures = [
         s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
     ]
