@@ -18,6 +18,7 @@ from invideo_jax.errors import UserError
 from invideo_jax.models import video_encoder
 from invideo_jax.models.layers import LayerNorm, Linear, activation
 from invideo_jax.models.video_encoder import NORMAL, VideoEncoder, declare_tables, table_rows
+from invideo_jax.models.video_mae import VideoMAEEncoder
 
 PyTree = Any
 
@@ -103,13 +104,14 @@ class AlignedEncoder(nn.Module):
     """The student of unmasked-token alignment, and the vision encoder of stage 2.
 
     Attributes:
-        encoder: has the tables' grid; its blocks are named by the heads.
+        encoder: has the tables' grid; its blocks are named by the heads. `VideoMAEEncoder` without heads
+            on blocks will do.
         clip: heads on class token and patches; None for none.
         final: head on the pooled vector; None for none.
         mae: heads on patches alone; None for none.
     """
 
-    encoder: VideoEncoder
+    encoder: VideoEncoder | VideoMAEEncoder
     clip: HeadsSpec | None = None
     final: FinalSpec | None = None
     mae: HeadsSpec | None = None
@@ -123,6 +125,10 @@ class AlignedEncoder(nn.Module):
     def prefix(self) -> int:
         """Class tokens in front of the patches."""
         return self.encoder.prefix
+
+    @property
+    def _pools(self) -> bool:
+        return bool(getattr(self.encoder, "pool_width", True))  # VideoMAE's encoder gives the mean
 
     def setup(self):
         self.check()
@@ -159,7 +165,7 @@ class AlignedEncoder(nn.Module):
             wanted.update(spec.blocks if spec else ())
         tokens, out = self.encoder(video, visible, keys=keys, features=sorted(wanted))
         out = {"tokens": tokens} | out
-        image = self.encoder.is_image(video)
+        image = (self.clip or self.mae) and self.encoder.is_image(video)
         if self.clip:
             x = jnp.stack([out[f"block{i}"] for i in self.clip.blocks])
             rows = table_rows(self.clip_tables, self.encoder, visible, image=image)
@@ -168,7 +174,7 @@ class AlignedEncoder(nn.Module):
             x = jnp.stack([out[f"block{i}"] for i in self.mae.blocks])[:, :, self.prefix :]
             rows = table_rows(self.mae_tables, self.encoder, visible, image=image)
             out["mae"] = self.mae_heads(x + rows.astype(x.dtype))
-        if self.encoder.pool_width:
+        if self._pools:
             out["pooled"] = self.encoder.pooled(tokens)
         if self.final:
             out["clip_final"] = self.final_head(out["pooled"])
@@ -189,7 +195,12 @@ class AlignedEncoder(nn.Module):
                     f"{name}.blocks must be ascending, as the teacher's features are; got "
                     f"{name}.blocks={blocks}."
                 )
-        if self.final and not self.encoder.pool_width:
+        if (self.clip or self.mae) and not isinstance(self.encoder, VideoEncoder):
+            raise UserError(
+                "Heads on blocks need the position tables of InternVideo2's encoder; got "
+                f"encoder={type(self.encoder).__name__}. Leave clip and mae out."
+            )
+        if self.final and not self._pools:
             raise UserError("A final head needs the encoder's pool; got pool_width=0.")
 
 

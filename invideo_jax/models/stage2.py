@@ -1,7 +1,7 @@
-"""Video and text in one space: InternVideo2's stage 2, and InternVideo2-CLIP with a CLIP text tower.
+"""Video, text and sound in one space, with texts that look at video and sound: InternVideo2's stage 2.
 
-Source: InternVideo2 (arXiv:2403.15377) 3.3; OpenGVLab/InternVideo internvideo2_stage2_visual.py and
-internvideo2_clip_small.py.
+Source: InternVideo2 (arXiv:2403.15377) 3.3; OpenGVLab/InternVideo internvideo2_stage2_visual.py (1B) and
+internvideo2_stage2_audiovisual.py (6B).
 """
 
 from typing import Any
@@ -11,22 +11,46 @@ import jax
 import jax.numpy as jnp
 
 from invideo_jax import losses
-from invideo_jax.models.alignment import AlignedEncoder, ProjectedEncoder
+from invideo_jax.errors import UserError
+from invideo_jax.models import audio_encoder, pixels
+from invideo_jax.models.alignment import AlignedEncoder
 from invideo_jax.models.attention import fold
-from invideo_jax.models.layers import Linear, named
-from invideo_jax.models.text_encoder import Bert, ClipText
+from invideo_jax.models.audio_encoder import AudioViT, Beats
+from invideo_jax.models.layers import LayerNorm, Linear, named
+from invideo_jax.models.text_encoder import Bert
+from invideo_jax.registry import nearest
 
 PyTree = Any
+# What a text is matched with -> the name of the head's parameters.
+VIEWS = {"video": "match_head", "audio": "audio_match_head", "audio_video": "av_match_head"}
+
+
+class TokenProjection(nn.Module):
+    """Linear and LayerNorm: tokens of a tower in the width that fusion blocks look at."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] to [B, N, width]."""
+        x = Linear(self.width, ("embed", None), dtype=self.dtype, name="linear")(x)
+        return LayerNorm(1e-5, self.dtype, name="norm")(x)
 
 
 class Stage2(nn.Module):
-    """Vision tower, BERT with fusion blocks, projections into the shared space, matching head.
+    """Towers, BERT with fusion blocks, projections into the shared space, matching heads.
 
     Attributes:
         vision, text: the towers.
         width: P, of the shared space.
         initial_temperature: of the contrastive loss.
         temperature_range: what it is held within.
+        audio: the tower of sounds; None for none.
+        fusion_width: of the tokens that fusion blocks look at, after a projection of each tower's;
+            0 for the vision tower's own tokens, which only a model without sound can have.
+        views: those of `VIEWS` that have a matching head.
+        joint: where there is sound, whether video and sound together have an embedding.
     """
 
     vision: AlignedEncoder
@@ -34,12 +58,25 @@ class Stage2(nn.Module):
     width: int = 512
     initial_temperature: float = 0.07
     temperature_range: tuple[float, float] = (0.001, 0.5)
+    audio: Beats | AudioViT | None = None
+    fusion_width: int = 0
+    views: tuple[str, ...] = ("video",)
+    joint: bool = True
 
     def setup(self):
+        self.check()
         dtype = self.text.dtype
-        self.vision_projection = Linear(self.width, ("embed", None), dtype=dtype)
-        self.text_projection = Linear(self.width, ("embed", None), dtype=dtype)
-        self.match_head = Linear(2, ("embed", None), dtype=dtype)
+        linear = lambda width: Linear(width, ("embed", None), dtype=dtype)
+        self.vision_projection, self.text_projection = linear(self.width), linear(self.width)
+        if self.fusion_width:
+            self.vision_tokens = TokenProjection(self.fusion_width, dtype)
+        if self.audio is not None:
+            self.audio_projection = linear(self.width)
+            self.audio_tokens = TokenProjection(self.fusion_width, dtype)
+            if self.joint:
+                self.av_fusion = linear(self.width)
+        for view in self.views:
+            setattr(self, VIEWS[view], linear(2))
         start = named(nn.initializers.constant(self.initial_temperature))
         self.temperature_value = self.param("temperature", start, ())
 
@@ -49,19 +86,38 @@ class Stage2(nn.Module):
         visible: jax.Array | None,
         ids: jax.Array,
         valid: jax.Array | None = None,
+        audio: jax.Array | None = None,
+        frames: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """All that pairs of video and text give, without dropout.
 
+        Args:
+            audio, frames: as in `encode_audio`; None for a model without sound.
+
         Returns:
-            What `encode_video` gives; what `encode_text` gives, as 'text_...'; 'match' [B, 2], and
-            'words' [B, L, vocabulary] where the text tower has a head for them.
+            What `encode_video` gives; what `encode_text` gives, as 'text_...'; 'fused' [B, L, D];
+            'match' [B, 2], and 'words' [B, L, vocabulary] where the text tower has a head for them.
+            With sound 'audio_...' likewise, 'audio_video_embedding' [B, P], and the other views'
+            'audio_match', 'audio_video_match'.
         """
-        seen = self.encode_video(video, visible)
+        out = self.encode_video(video, visible)
         text = self.encode_text(ids, valid)
-        fused = self.text.fuse(text["tokens"], valid, seen["tokens"])
-        out = seen | {f"text_{k}": v for k, v in text.items()}
-        out |= {"fused": fused, "match": self.match_head(fused[:, 0])}
-        return out | ({"words": self.text.words(fused)} if self.text.word_head else {})
+        out |= {f"text_{k}": v for k, v in text.items()}
+        contexts = {"video": self.context(out["tokens"], None)}
+        if audio is not None:
+            heard = self.encode_audio(audio, frames)
+            out |= {f"audio_{k}": v for k, v in heard.items()}
+            contexts["audio"] = self.context(None, heard["tokens"])
+            contexts["audio_video"] = self.context(out["tokens"], heard["tokens"])
+            if self.joint:
+                both = self.combine(heard["embedding"], out["embedding"])
+                out["audio_video_embedding"] = both
+        fused = {v: self.text.fuse(text["tokens"], valid, c) for v, c in contexts.items()}
+        for view in (v for v in self.views if v in contexts):
+            name = "match" if view == "video" else f"{view}_match"
+            out[name] = getattr(self, VIEWS[view])(fused[view][:, 0])
+        out["fused"] = fused["video"]
+        return out | ({"words": self.text.words(fused["video"])} if self.text.word_head else {})
 
     def encode_video(
         self, video: jax.Array, visible: jax.Array | None = None, *, keys: jax.Array | None = None
@@ -78,23 +134,90 @@ class Stage2(nn.Module):
         pooled = tokens[:, 0]
         return dict(tokens=tokens, pooled=pooled, embedding=self.text_projection(pooled))
 
+    def encode_audio(
+        self, audio: jax.Array, frames: jax.Array | None = None, *, keys: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Features of sounds.
+
+        Args:
+            audio: normalised filter bank [B, F, mels].
+            frames: int [B], real frames of each, 0 for no sound; None: all real.
+            keys: [B] random keys of dropout; None when evaluating.
+
+        Returns:
+            'tokens' [B, A, Da]; 'pooled' [B, Da], their mean; 'embedding' [B, P]; 'seen' bool [B, A],
+            the tokens that texts may look at: none of an example without sound, and of a tower that
+            masks padding only those that hold real frames.
+        """
+        self._need_audio()
+        if frames is None:
+            frames = jnp.full(audio.shape[0], audio.shape[1], jnp.int32)
+        tokens, pooled = self.audio(audio, frames, keys=keys)
+        seen = self.audio.seen(frames, tokens.shape[1])
+        embedding = self.audio_projection(pooled)
+        return dict(tokens=tokens, pooled=pooled, embedding=embedding, seen=seen)
+
+    def combine(self, audio: jax.Array, video: jax.Array) -> jax.Array:
+        """The embedding [B, P] of sound and video together, of their embeddings [B, P] each."""
+        self._need_audio()
+        if not self.joint:
+            raise UserError(
+                "Sound and video together have an embedding only with joint=True; got joint=False."
+            )
+        return self.av_fusion(jnp.concatenate([audio, video], axis=-1))
+
+    def context(self, video: jax.Array | None, audio: jax.Array | None) -> jax.Array:
+        """The tokens that fusion blocks look at.
+
+        Args:
+            video, audio: tokens of the towers, [B, N, D] and [B, A, Da]; either may be None.
+
+        Returns:
+            [B, A+N, fusion_width], sound first; without a fusion width, the video's own tokens.
+        """
+        parts = []
+        if audio is not None:
+            self._need_audio()
+            parts.append(self.audio_tokens(audio))
+        if video is not None:
+            parts.append(self.vision_tokens(video) if self.fusion_width else video)
+        return jnp.concatenate(parts, axis=1)
+
     def match(
         self,
         text: jax.Array,
         valid: jax.Array | None,
-        video: jax.Array,
+        context: jax.Array,
+        seen: jax.Array | None = None,
         *,
+        view: str = "video",
         keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Scores of "they do not, they do belong together", [B, 2], of tokens of text and video."""
-        return self.match_head(self.text.fuse(text, valid, video, keys=keys)[:, 0])
+        """Scores of "they do not, they do belong together".
+
+        Args:
+            text, valid: tokens of `encode_text` [B, L, D], bool [B, L].
+            context, seen: of `context`, [B, N, any]; which of them are real, bool [B, N], None = all.
+            view: whose head, of `views`.
+            keys: [B] random keys of dropout.
+
+        Returns:
+            [B, 2].
+        """
+        if view not in self.views:
+            raise UserError(
+                f"A view that is matched must have a head; got view={view!r}, "
+                f"views={self.views}.{nearest(view, VIEWS)}"
+            )
+        fused = self.text.fuse(text, valid, context, seen, keys=keys)
+        return getattr(self, VIEWS[view])(fused[:, 0])
 
     def match_negatives(
         self,
         text: jax.Array,
         valid: jax.Array,
-        video: jax.Array,
-        video_negative: jax.Array,
+        context: jax.Array,
+        context_negative: jax.Array,
         text_negative: jax.Array,
         *,
         keys: jax.Array | None = None,
@@ -102,8 +225,8 @@ class Stage2(nn.Module):
         """Scores [3B, 2] of B pairs, of their texts with other videos, of their videos with other texts.
 
         Args:
-            text, valid, video: tokens [B, L, D], their validity [B, L], tokens [B, N, D'].
-            video_negative, text_negative: int [B], the row of the other video for each text, and of
+            text, valid, context: tokens [B, L, D], their validity [B, L], tokens [B, N, D'].
+            context_negative, text_negative: int [B], the row of the other video for each text, and of
                 the other text for each video.
             keys: [B] random keys of dropout.
         """
@@ -113,7 +236,7 @@ class Stage2(nn.Module):
         return self.match(
             three(text, text, text[text_negative]),
             three(valid, valid, valid[text_negative]),
-            three(video, video[video_negative], video),
+            three(context, context[context_negative], context),
             keys=keys,
         )
 
@@ -121,60 +244,45 @@ class Stage2(nn.Module):
         self,
         ids: jax.Array,
         valid: jax.Array | None,
-        video: jax.Array,
+        context: jax.Array,
+        seen: jax.Array | None = None,
         *,
         keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Scores of all words at each place of a (masked) text seen with a video, [B, L, vocabulary]."""
-        return self.text.words(self.text(ids, valid, video, keys=keys))
+        """Scores of all words at each place of a (masked) text that looks at `context`, [B, L, vocabulary].
+
+        Args as in `match`, `ids` int [B, L] in place of tokens.
+        """
+        return self.text.words(self.text(ids, valid, context, seen, keys=keys))
 
     def temperature(self) -> jax.Array:
         """The temperature within its range, a scalar."""
         return losses.clamped(self.temperature_value, *self.temperature_range)
 
+    def _need_audio(self):
+        if self.audio is None:
+            raise UserError("A model without a tower of sounds takes none; got audio=None.")
 
-class VideoClip(nn.Module):
-    """Two towers that end in the same space, for the contrastive loss alone.
-
-    Attributes as in `Stage2`; the published range has no upper end.
-    """
-
-    vision: ProjectedEncoder
-    text: ClipText
-    initial_temperature: float = 0.01
-    temperature_range: tuple[float, float] = (0.01, float("inf"))
-
-    def setup(self):
-        start = named(nn.initializers.constant(self.initial_temperature))
-        self.temperature_value = self.param("temperature", start, ())
-
-    def __call__(
-        self, video: jax.Array, visible: jax.Array | None, ids: jax.Array
-    ) -> dict[str, jax.Array]:
-        """What `encode_video` gives, and what `encode_text` gives as 'text_...'."""
-        text = {f"text_{k}": v for k, v in self.encode_text(ids).items()}
-        return self.encode_video(video, visible) | text
-
-    def encode_video(
-        self, video: jax.Array, visible: jax.Array | None = None, *, keys: jax.Array | None = None
-    ) -> dict[str, jax.Array]:
-        """What `ProjectedEncoder` gives, and 'embedding' [B, P]; arguments as there."""
-        out = self.vision(video, visible, keys=keys)
-        return out | {"embedding": out["projected"]}
-
-    def encode_text(self, ids: jax.Array) -> dict[str, jax.Array]:
-        """'embedding' [B, P] and 'tokens' [B, L, D]."""
-        embedding, tokens = self.text(ids)
-        return dict(embedding=embedding, tokens=tokens)
-
-    def temperature(self) -> jax.Array:
-        """The temperature within its range, a scalar."""
-        return losses.clamped(self.temperature_value, *self.temperature_range)
+    def check(self) -> None:
+        """Raises UserError where attributes do not fit together; builds nothing."""
+        for tower in (self.vision, self.text, self.audio):
+            if tower is not None:
+                tower.check()
+        odd = [view for view in self.views if view not in VIEWS]
+        if odd:
+            raise UserError(f"views must be known; got view={odd[0]!r}.{nearest(odd[0], VIEWS)}")
+        if self.audio is None and set(self.views) - {"video"}:
+            raise UserError(f"Views with sound need a tower of sounds; got views={self.views}.")
+        if self.audio is not None and self.fusion_width < 1:
+            raise UserError(
+                "Tokens of video and sound must have one width for texts to look at both; got "
+                f"fusion_width={self.fusion_width}. Set it (published: 768)."
+            )
 
 
-def init(model: Stage2 | VideoClip, key: jax.Array) -> PyTree:
+def init(model: Stage2, key: jax.Array) -> PyTree:
     """Fresh parameters, each in a box with the logical names of its axes."""
-    m = model.vision.encoder
-    video = jnp.zeros((1, m.frames, m.image_size, m.image_size, m.channels))
     one = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, video, one, one)["params"]
+    audio = None if model.audio is None else audio_encoder.blank(model.audio)
+    video = pixels.blank_video(model.vision.encoder)
+    return model.init(key, video, one, one, None, audio)["params"]

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from invideo_jax import losses, sharding
 from invideo_jax.interop.to_torch import to_state_dict
-from invideo_jax.models import alignment, stage2, video_encoder
+from invideo_jax.models import alignment, stage2, video_clip, video_encoder
 from invideo_jax.models.text_encoder import Bert, ClipText
 from tests import golden
 
@@ -125,8 +125,8 @@ def test_clip_learns_which_text_belongs_to_which_video():
     vision = alignment.ProjectedEncoder(
         video_encoder.VideoEncoder(**VISION, pool_heads=4, pool_width=20, scan=True), 6
     )
-    model = stage2.VideoClip(vision, ClipText(16, 2, 2, 32, 6, 30, 8, scan=True))
-    params = jax.jit(lambda: sharding.unbox(stage2.init(model, jax.random.key(0))))()
+    model = video_clip.VideoClip(vision, ClipText(16, 2, 2, 32, 6, 30, 8, scan=True))
+    params = jax.jit(lambda: sharding.unbox(video_clip.init(model, jax.random.key(0))))()
     np.testing.assert_allclose(params["temperature"], 0.01)
     video, ids, *_ = example()
     ids = jnp.asarray(ids, jnp.int32).at[:, -1].set(29)
