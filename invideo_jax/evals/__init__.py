@@ -40,6 +40,14 @@ EVALUATORS = Registry(
         "multi_view": "invideo_jax.evals.classification:make",  # as well, with other options
         "probe": "invideo_jax.evals.probe:make",
         "knn": "invideo_jax.evals.knn:make",
+        "attentive_probe": "invideo_jax.evals.attentive_probe:make",
+        "zero_shot": "invideo_jax.evals.zero_shot:make",
+        "multiple_choice": "invideo_jax.evals.multiple_choice:make",
+        "retrieval": "invideo_jax.evals.retrieval:make",
+        # As well, with other options: one recipe may measure several.
+        "retrieval_audio": "invideo_jax.evals.retrieval:make",
+        "retrieval_audio_video": "invideo_jax.evals.retrieval:make",
+        "retrieval_speech": "invideo_jax.evals.retrieval:make",
     },
 )
 
