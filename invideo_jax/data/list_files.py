@@ -17,16 +17,23 @@ log = logging.getLogger(__name__)
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mkv .webm .mov .avi .mpg .mpeg .ts .m2ts .mts .3gp .3g2 .wmv .flv .ogv".split()
 )
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp".split())
+AUDIO_SUFFIXES = frozenset(".wav .mp3 .flac .m4a .ogg .aac".split())
+MEDIA = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES}
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson"})
 
 FIELDS = {  # field -> the column names that mean it, the first given one wins
-    "path": ("path", "file", "video", "filename", "video_path", "file_path"),
+    "path": ("path", "file", "video", "filename", "video_path", "file_path", "image", "audio"),
     "start": ("start", "start_time", "start_seconds"),
     "end": ("end", "end_time", "end_seconds"),
     "captions": ("captions", "caption", "text"),
+    "audio_captions": ("audio_captions", "audio_caption"),
+    "audio_video_captions": ("audio_video_captions", "audio_video_caption"),
+    "fused_captions": ("fused_captions", "fused_caption"),
     "label": ("label", "class", "label_name"),
     "split": ("split", "subset"),
-    "transcript": ("transcript", "speech"),
+    "transcript": ("transcript",),
+    "speech": ("speech",),
     "flip": ("flip",),
     "id": ("id",),
     "seconds": ("seconds", "duration"),
@@ -133,11 +140,11 @@ def _separated(path, text: str, suffix: str) -> Iterator[tuple[int, dict | Manif
         yield from _with_header(lines, delimiter)
         return
     cells = _cells(first, "\t" if "\t" in first else ",")
-    if first and is_video(cells[0].strip()):
+    if first and media_of(cells[0].strip()):
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield number, _positional(_cells(line, "\t" if "\t" in first else ","))
-    elif first and (match := _SPACED.match(first)) and is_video(match[1]):
+    elif first and (match := _SPACED.match(first)) and media_of(match[1]):
         for number, line in enumerate(lines, 1):
             if line.strip():
                 match = _SPACED.match(line.strip())
@@ -152,14 +159,17 @@ def _separated(path, text: str, suffix: str) -> Iterator[tuple[int, dict | Manif
 
 
 _SPACED = re.compile(
-    r"\s*(.+?(?:" + "|".join(re.escape(s) for s in sorted(VIDEO_SUFFIXES)) + r"))(?=\s|$)(.*)",
+    r"\s*(.+?(?:"
+    + "|".join(re.escape(s) for s in sorted(frozenset.union(*MEDIA.values())))
+    + r"))(?=\s|$)(.*)",
     re.IGNORECASE,
 )
 
 
-def is_video(name: str) -> bool:
-    """Whether a file's name ends as those of videos do."""
-    return pathlib.PurePath(name).suffix.lower() in VIDEO_SUFFIXES
+def media_of(name: str) -> str:
+    """What a file's name says it holds: 'video', 'image' or 'audio'; '' for another ending."""
+    suffix = pathlib.PurePath(name).suffix.lower()
+    return next((media for media, suffixes in MEDIA.items() if suffix in suffixes), "")
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
@@ -173,7 +183,7 @@ def _header_delimiter(first: str) -> str | None:
     """
     for delimiter in (",", "\t", ";", " "):
         names = [cell.strip().lower() for cell in _cells(first, delimiter)] if first else []
-        if any(name in FIELDS["path"] for name in names) and not any(map(is_video, names)):
+        if any(name in FIELDS["path"] for name in names) and not any(map(media_of, names)):
             return delimiter
     return None
 
@@ -216,8 +226,10 @@ def _with_header(lines: list[str], delimiter: str) -> Iterator[tuple[int, dict |
 def _positional(cells: list[str]) -> dict | ManifestError:
     """A row of a list without header: `path`, `path label`, or VideoMAE's `path 0 -1`."""
     cells = [cell.strip() for cell in cells]
-    if not is_video(cells[0]):
-        return ManifestError(f"first cell must be a video file, got {cells[0]!r}")
+    if not media_of(cells[0]):
+        return ManifestError(
+            f"first cell must be a file of video, image or sound, got {cells[0]!r}"
+        )
     if len(cells) == 3 and cells[1:] == ["0", "-1"]:  # from the first frame to the last, no label
         cells = cells[:1]
     if len(cells) > 2:

@@ -4,14 +4,19 @@ A row is a dict with the keys of `FIELDS` that were given; `path` and `line` are
 
     path        str, as written (relative paths are resolved by the source, not here)
     start, end  seconds into the file, floats; absent: the whole file
-    captions    list of str, cleaned and non-empty
+    captions, audio_captions, audio_video_captions, fused_captions
+                lists of str, cleaned and non-empty: what is seen, heard, both, all in one sentence
     label       int (class number) or str (class name); absent: unknown
     split       str; `val`, `valid`, `dev` and `eval` are read as `validation`
     transcript  str; id: str
+    speech      spoken pieces with times, [[start, end, text], ...], or the name of a .srt or .vtt file
     flip        bool: False where mirroring the picture changes the meaning
     seconds     length of the file (a scan writes it)
     error       why a scan found the file unusable
     line        where the row stands in its file, for messages
+
+InternVideo's lists are read too: `video`, `image` or `audio` with `caption`, a text, a list, or an object by kind (A, V, S, AV,
+AVS); `video_start_frame` and `video_end_frame` where a column `fps` says how long a frame is.
 """
 
 import json
@@ -19,39 +24,49 @@ import math
 import os
 import pathlib
 import re
-import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
+from invideo_jax.data.clean import clean_text
 from invideo_jax.data.list_files import (
     COLUMNS,
     FIELDS,
     MANIFEST_SUFFIXES,
     VIDEO_SUFFIXES,
     ManifestError,
-    is_video,
+    media_of,
     raw_rows,
 )
+from invideo_jax.data.speech import SpeechError, is_plain, is_subtitles, parse_speech
 
 __all__ = [
     "FIELDS",
     "MANIFEST_SUFFIXES",
     "VIDEO_SUFFIXES",
     "ManifestError",
-    "clean_text",
     "list_videos",
     "read_manifest",
     "split_name",
 ]
 
-MAX_TEXT = 20_000  # characters kept of one caption or transcript; longer is a mistake in the list
 _SHOWN_ERRORS = 10
+_KINDS = {  # letters of a caption's kind in InternVideo's lists -> field
+    "V": "captions",
+    "A": "audio_captions",
+    "AV": "audio_video_captions",
+    "AVS": "fused_captions",
+    "S": "transcript",
+}
 _VALIDATION = ("val", "valid", "dev", "eval")  # other names of the split `validation`
 
 
-def list_videos(folder: str | os.PathLike) -> list[str]:
+def list_videos(folder: str | os.PathLike, media: Sequence[str] = ("video",)) -> list[str]:
     """Video files below `folder`, found by extension.
 
     Hidden files and folders are left out; links to folders are followed, each folder once.
+
+    Args:
+        media: what to find: 'video', 'image', 'audio'.
 
     Returns:
         Paths relative to `folder` with '/', sorted by their characters (the same on every host).
@@ -70,7 +85,7 @@ def list_videos(folder: str | os.PathLike) -> list[str]:
         seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if not name.startswith(".") and is_video(name):
+            if not name.startswith(".") and media_of(name) in media:
                 relative = os.path.relpath(os.path.join(parent, name), folder)
                 found.append(relative.replace(os.sep, "/"))
     return sorted(found)
@@ -121,29 +136,10 @@ def read_manifest(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def clean_text(value: Any) -> str:
-    """One caption or transcript as tidy text: NFC, no control or zero-width characters, one line.
-
-    Lone surrogates (bytes that were not UTF-8) become U+FFFD; None and NaN become ''.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    text = str(value)[: 4 * MAX_TEXT].encode("utf-8", "replace").decode("utf-8", "replace")
-    text = unicodedata.normalize("NFC", text)
-    kept = (" " if c.isspace() else c for c in text if c.isspace() or _printable(c))
-    return " ".join("".join(kept).split())[:MAX_TEXT]
-
-
 def split_name(value: Any) -> str:
     """A split as written -> its name here; the usual short names of `validation` are that split."""
     name = clean_text(value)
     return "validation" if name.lower() in _VALIDATION else name
-
-
-def _printable(character: str) -> bool:
-    # Joiners U+200C/U+200D carry meaning in Persian, Hindi and emoji; the other Cf are invisible.
-    category = unicodedata.category(character)
-    return category not in ("Cc", "Cf", "Cs") or character in "\u200c\u200d"
 
 
 # ---------------------------------------------------------------- raw row to row
@@ -151,22 +147,61 @@ def _printable(character: str) -> bool:
 
 def _normalise(raw: dict[str, Any], line: int) -> dict[str, Any]:
     given: dict[str, Any] = {}
-    for name, value in raw.items():
+    for name, value in _by_kind(raw).items():
         field = COLUMNS.get(str(name).strip().lower())
         if field and value is not None and value != "" and not _is_nan(value):
             aliases = FIELDS[field]
             rank = aliases.index(str(name).strip().lower())
             if field not in given or rank < given[field][0]:
                 given[field] = (rank, value)
+    if "speech" in given and is_plain(given["speech"][1]):  # words without times
+        given.setdefault("transcript", given.pop("speech"))
     row = {field: _PARSE[field](value) for field, (_, value) in given.items()}
     if "path" not in row:
         raise ManifestError("no path in this row")
+    row |= _times_of_frames(raw)
     if row.get("end", math.inf) <= row.get("start", 0.0):
         raise ManifestError(
             f"end must be after start; got start={row.get('start', 0.0)}, end={row['end']}"
         )
     row["line"] = line
     return {key: value for key, value in row.items() if value not in ("", [])}
+
+
+def _by_kind(raw: dict[str, Any]) -> dict[str, Any]:
+    """The row with `caption: {"V": ..., "A": ...}` spread over the columns of each kind."""
+    name = next((n for n in raw if COLUMNS.get(str(n).strip().lower()) == "captions"), None)
+    if name is None or not isinstance(raw[name], dict):
+        return raw
+    row = {key: value for key, value in raw.items() if key != name}
+    for letters, value in raw[name].items():
+        field = _KINDS.get(str(letters).upper())
+        if field is None:
+            raise ManifestError(
+                f"captions by kind must be named {', '.join(_KINDS)}; got {letters!r}"
+            )
+        row.setdefault(
+            field, " ".join(map(clean_text, value)) if _is_speech(field, value) else value
+        )
+    return row
+
+
+def _is_speech(field: str, value: Any) -> bool:
+    return field == "transcript" and isinstance(value, list)
+
+
+def _times_of_frames(raw: dict[str, Any]) -> dict[str, float]:
+    """start and end of a row that gives them in frames."""
+    columns = {"start": "video_start_frame", "end": "video_end_frame"}
+    frames = {field: raw[c] for field, c in columns.items() if raw.get(c) not in (None, "")}
+    if not frames:
+        return {}
+    fps = raw.get("fps")
+    if not fps or _seconds(fps) == 0:
+        raise ManifestError(
+            "video_start_frame and video_end_frame need a column fps; give start and end in seconds instead"
+        )
+    return {field: _seconds(number) / _seconds(fps) for field, number in frames.items()}
 
 
 def _is_nan(value: Any) -> bool:
@@ -222,15 +257,28 @@ def _flip(value: Any) -> bool:
     return known[str(value).strip().lower()]
 
 
+def _speech(value: Any) -> list[list[Any]] | str:
+    if is_subtitles(value):
+        return _path(value)
+    try:
+        return parse_speech(value)
+    except SpeechError as error:
+        raise ManifestError(str(error)) from None
+
+
 _PARSE = {
     "path": _path,
     "start": _seconds,
     "end": _seconds,
     "seconds": _seconds,
     "captions": _captions,
+    "audio_captions": _captions,
+    "audio_video_captions": _captions,
+    "fused_captions": _captions,
     "label": _label,
     "split": split_name,
     "transcript": clean_text,
+    "speech": _speech,
     "flip": _flip,
     "id": clean_text,
     "error": clean_text,

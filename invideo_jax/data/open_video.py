@@ -29,6 +29,7 @@ REASONS = {
     "no_video_stream": "no picture stream",
     "no_frames": "a picture stream without frames, or none in the asked part",
     "corrupt_record": "a damaged record in the file that holds the encoded clips",
+    "subtitles": "the file of its spoken words can't be read",
     "corrupt_packet": "damaged data in the container",
     "corrupt_frame": "a decoded picture is damaged",
     "decode_error": "the decoder failed",

@@ -5,7 +5,8 @@
 One or more objects (shape, colour, texture) on a drifting backdrop, filmed by a shaking camera; one
 of them (or two together) does one of 15 motions, which is the label. No single frame, colour or
 backdrop tells it (`scenes.scene` says why, and what remains), the sound only in part: opposite
-motions sound alike. Captions, spoken words and all attributes stand in `manifest.jsonl`. A combination
+motions sound alike. Captions of what is seen, of what is heard and of both, spoken words with their times and all attributes
+stand in `manifest.jsonl`. A combination
 of (shape, colour, texture, motion) is in one split only (`scenes.splits`).
 
 Clip i is a pure function of (seed, i, size, frames, fps, splits): the same bytes for any number of
@@ -38,7 +39,7 @@ from av.video.reformatter import VideoReformatter
 from invideo_jax.data.scenes import pixels, scene, sound, splits, vocabulary, words
 
 SPLITS = splits.SPLITS
-VERSION = 2  # raise when a clip's pixels, sound or text change
+VERSION = 3  # raise when a clip's pixels, sound or text change
 _CHUNK = 32  # clips a task: about half a second of work
 
 
@@ -133,17 +134,20 @@ def describe(folder: str | os.PathLike) -> dict | None:
 def clip_row(settings: Settings, index: int) -> dict:
     """The manifest row of clip `index`, without rendering it."""
     s = scene.sample(settings.seed, index, settings.splits)
-    texts, of_sound = words.captions(s)
+    texts = words.captions(s)
     spoken, times = words.transcript(s, settings.seconds)
     look = s.actors[0].look
     return {
         "id": f"{index:06d}",
         "path": f"{s.split}/{index:06d}.mp4",
-        "captions": texts,
+        "captions": texts["video"],
+        "audio_captions": texts["audio"],
+        "fused_captions": texts["fused"],
         "label": s.label,
         "label_name": s.motion,
         "split": s.split,
         "transcript": spoken,
+        "speech": [[*span, word] for span, word in zip(times, spoken.split())],
         "flip": False,
         "attributes": {
             "shape": look.shape,
@@ -151,8 +155,6 @@ def clip_row(settings: Settings, index: int) -> dict:
             "texture": look.texture,
             "motion": s.motion,
             "sound": s.sound,
-            "sound_captions": of_sound,
-            "word_times": times,
             "events": [{"time": round(u * settings.seconds, 4), "kind": k} for u, k in s.events],
             "partner": _names(s.actors[1].look) if s.pair else None,
             "bystanders": [_names(a.look) for a in s.actors if a.action == vocabulary.STILL],

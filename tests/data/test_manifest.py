@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from invideo_jax.data.manifest import ManifestError, clean_text, list_videos, read_manifest
+from invideo_jax.data.clean import clean_text
+from invideo_jax.data.manifest import ManifestError, list_videos, read_manifest
 
 ROWS = [
     {"path": "a.mp4", "captions": ["one, two"], "label": 3, "split": "train", "line": 0},
@@ -99,7 +100,7 @@ def test_captions_are_cleaned(tmp_path):
     texts = ["  a\x00b\u200b\u202e c\n", "", None, 5, float("nan"), "e\u0301", "[x] y"]
     path = write(tmp_path, "m.json", json.dumps([{"path": "a.mp4", "captions": texts}]))
     assert read_manifest(path)[0]["captions"] == ["ab c", "5", "\xe9", "[x] y"]
-    assert clean_text("\udcff") == "?"
+    assert clean_text("a\udcff") == "a\ufffd"
     assert len(clean_text("x" * 10**6)) == 20_000
     assert (
         "captions"

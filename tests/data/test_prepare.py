@@ -24,6 +24,10 @@ def manifest(tmp_path):
         {
             "path": "clip_000.mp4",
             "caption": ["a", "\xe9"],
+            "audio_captions": ["b"],
+            "audio_video_captions": ["c"],
+            "fused_captions": ["d", "e"],
+            "speech": [[0.25, 0.5, "hey"], [0.5, 0.75, "you"]],
             "label": "run",
             "start": 0.25,
             "end": 1.25,

@@ -39,6 +39,10 @@ def videos(tmp_path):
 FULL = {
     "path": "clip_000.mp4",
     "caption": ["a", "b"],
+    "audio_caption": "c",
+    "audio_video_captions": ["d"],
+    "fused_captions": ["e", "f"],
+    "speech": [[0.75, 1.0, "you"], {"start": 0.25, "end": 0.5, "text": "hey"}],
     "label": "run",
     "split": "train",
     "start": 0.25,
@@ -59,28 +63,38 @@ def test_manifest_example(videos):
     assert source.classes == ("jump", "run") and len(source) == 3 and source.notes == ()
     assert source[0] == Example(
         id="clip_000.mp4#0.25-1.0",
+        media="video",
         video=videos[0],
         path=videos[0],
         start=0.25,
         end=1.0,
         captions=("a", "b"),
+        audio_captions=("c",),
+        audio_video_captions=("d",),
+        fused_captions=("e", "f"),
         label=1,
         label_name="run",
         split="train",
         transcript="hey",
+        speech=((0.25, 0.5, "hey"), (0.75, 1.0, "you")),
         flip=False,
     )
     assert source[2] == Example(
         id="third",
+        media="video",
         video=videos[2],
         path=videos[2],
         start=None,
         end=None,
         captions=(),
+        audio_captions=(),
+        audio_video_captions=(),
+        fused_captions=(),
         label=-1,
         label_name="",
         split="",
         transcript="",
+        speech=(),
         flip=True,
     )
     with pytest.raises(IndexError):
@@ -116,6 +130,10 @@ def test_fingerprint_is_of_the_content_not_the_place_or_time(videos, tmp_path):
         {"end": 0.75},
         {"flip": True},
         {"transcript": "ho"},
+        {"audio_caption": "x"},
+        {"audio_video_captions": ["x"]},
+        {"fused_captions": ["f", "e"]},
+        {"speech": [[0.75, 1.0, "you"]]},
     ],
 )
 def test_fingerprint_sees_every_change_of_a_row(videos, change):
@@ -494,13 +512,18 @@ TFDS = """
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
                 "clip": tfds.features.Tensor(shape=(), dtype=np.bytes_),
                 "caption": tfds.features.Text(),
+                "audio_caption": tfds.features.Sequence(tfds.features.Text()),
+                "speech": tfds.features.Sequence(
+                    {"start": np.float32, "end": np.float32, "text": tfds.features.Text()}),
                 "label": tfds.features.ClassLabel(names=["jump", "run"]),
             }))
         def _split_generators(self, manager):
             return {"train": self._generate_examples(4), "validation": self._generate_examples(2)}
         def _generate_examples(self, count):
             for i in range(count):
-                yield i, {"clip": video, "caption": f"caf\u00e9 {i}", "label": i % 2}
+                yield i, {"clip": video, "caption": f"caf\u00e9 {i}", "label": i % 2,
+                    "audio_caption": ["a hum", "humming"][:i],
+                    "speech": {"start": [1.0, 0.5], "end": [1.5, 1.0], "text": ["you", "hey"]}}
 
     TinyClips(data_dir=folder, file_format="array_record").download_and_prepare()
 
@@ -511,6 +534,10 @@ TFDS = """
     assert len(source) == 4 and source.classes == ("jump", "run"), (len(source), source.classes)
     seen = sorted((e["captions"], e["label"], e["label_name"]) for e in map(source.__getitem__, range(4)))
     assert seen[3] == (("caf\u00e9 3",), 1, "run"), seen
+    heard = {e["captions"][0][-1]: e["audio_captions"] for e in map(source.__getitem__, range(4))}
+    assert heard == {"0": (), "1": ("a hum",), "2": ("a hum", "humming"), "3": ("a hum", "humming")}
+    assert source[0]["speech"] == ((0.5, 1.0, "hey"), (1.0, 1.5, "you")), source[0]["speech"]
+    assert source[0]["transcript"] == "hey you"
     example = source[0]
     assert example["video"] == video and example["path"].endswith("/train#0"), example["path"]
     clip, _ = load_clip(video, ClipSpec(frames=2, size=16), np.random.default_rng(0))

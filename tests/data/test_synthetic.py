@@ -211,7 +211,8 @@ def test_decoded_pictures_and_sound_are_the_rendered_ones():
 
 
 def test_rows_carry_what_readers_need(rows):
-    wanted = {"id", "path", "captions", "label", "label_name", "split", "transcript"}
+    wanted = {"id", "path", "captions", "label", "label_name", "split", "transcript", "speech"}
+    wanted |= {"audio_captions", "fused_captions"}
     for row in rows:
         assert wanted | {"flip", "attributes"} == set(row)
         assert row["label_name"] == vocabulary.LABELS[row["label"]] == row["attributes"]["motion"]
@@ -380,17 +381,35 @@ def test_captions_name_shape_colour_texture_and_only_the_right_motion():
             assert named["motion"] == {a["motion"]}, text
             if n != 2 and a["texture"] != "plain":
                 assert a["texture"] in named["texture"], text
-            assert named["sound"] == ({a["sound"]} if n in a["sound_captions"] else set()), text
+            assert not named["sound"], text
             if a["partner"]:
                 assert a["partner"][1] in named["colour"], text
-        assert a["sound_captions"] == ([] if a["sound"] == "none" else [3])
+
+
+def test_captions_of_sound_name_it_and_nothing_that_only_eyes_can_tell():
+    settings, counts = synthetic.Settings(), collections.Counter()
+    for index in range(1500):
+        row = synthetic.clip_row(settings, index)
+        a, heard = row["attributes"], row["audio_captions"]
+        silent = a["sound"] == "none"
+        counts[len(heard)] += 1
+        assert (not heard) == silent and len(set(heard)) == len(heard)
+        for text in heard:
+            named = vocabulary.mentions(text)
+            assert named.pop("sound") == {a["sound"]} and not any(named.values()), text
+        assert len(row["fused_captions"]) == 1
+        named = vocabulary.mentions(row["fused_captions"][0])
+        assert named["sound"] == (set() if silent else {a["sound"]}), row["fused_captions"]
+        assert named["motion"] == {a["motion"]} and a["shape"] in named["shape"]
+        assert a["colour"] in named["colour"]
+    assert counts.keys() == {0, 1, 2} and min(counts.values()) > 200
 
 
 def test_captions_vary_in_wording():
     texts, frames = [], collections.defaultdict(set)
     for index in range(900):
         s = scene.sample(0, index)
-        written = words.captions(s)[0]
+        written = words.captions(s)["video"]
         assert len(set(written)) == 4
         texts += written
         for text in written:
@@ -418,8 +437,8 @@ def test_spoken_words_have_times_inside_the_clip(frames):
     settings = synthetic.Settings(frames=frames)
     for index in range(150):
         row = synthetic.clip_row(settings, index)
-        times = np.array(row["attributes"]["word_times"])
-        assert len(times) == len(row["transcript"].split())
+        assert " ".join(word for _, _, word in row["speech"]) == row["transcript"]
+        times = np.array([piece[:2] for piece in row["speech"]])
         assert (times[:, 0] < times[:, 1]).all()
         assert (times[1:, 0] > times[:-1, 1]).all()
         assert times[0, 0] >= 0

@@ -1,4 +1,4 @@
-"""What is said of a scene: captions in varied wording, and the words of a narrator with times."""
+"""What is said of a scene: captions of what is seen and heard in varied wording, and the words of a narrator with times."""
 
 import numpy as np
 
@@ -131,30 +131,47 @@ _WITH_SOUND = (
     "{sound} can be heard as {text}",
     "{text} and one hears {sound}",
 )
+_SOUND_ALONE = (
+    "{sound}",
+    "the sound of {sound}",
+    "{sound} can be heard",
+    "one hears {sound}",
+    "you can hear {sound}",
+    "a recording of {sound}",
+)
+_SILENT = ("{text}", "{text} in silence", "{text} without a sound")
 _INSTANT = ("appears", "disappears")  # 'is appearing' would be no English for a sudden event
 _LEADS = ("look", "here", "now", "see", "and now")
 
 
-def captions(scene: Scene) -> tuple[list[str], list[int]]:
-    """Writes four captions: full, with surroundings, short, and one of the sound (or full again).
-
-    Every caption names shape, colour and motion; all but the short one name the texture, unless
-    it is plain.
+def captions(scene: Scene) -> dict[str, list[str]]:
+    """What can be said of a clip, by kind.
 
     Returns:
-        (captions, numbers of those that speak of the sound).
+        `video`: four of what is seen: full, with surroundings, short, full in other words. All name shape, colour and motion; all
+            but the short one name the texture, unless it is plain.
+        `audio`: one or two of what is heard; none of a silent clip.
+        `fused`: one of both; of a silent clip one that says so, or only what is seen.
     """
     rng = scene.rng(2)
-    texts = [_sentence(scene, rng), _in_surroundings(scene, rng), _short(scene, rng)]
+    seen = [_sentence(scene, rng), _in_surroundings(scene, rng), _short(scene, rng)]
     extra = _sentence(scene, rng)
     for _ in range(5):
-        if extra != texts[0]:
+        if extra != seen[0]:
             break
         extra = _sentence(scene, rng)
+    seen.append(extra)
+    both = _sentence(scene, rng)
     if scene.sound == vocabulary.SILENT:
-        return [*texts, extra], []
-    sound = _pick(rng, _SOUND_NAMES[scene.sound])
-    return [*texts, _pick(rng, _WITH_SOUND).format(text=extra, sound=sound)], [len(texts)]
+        return {"video": seen, "audio": [], "fused": [_pick(rng, _SILENT).format(text=both)]}
+    names = _SOUND_NAMES[scene.sound]
+    fused = _pick(rng, _WITH_SOUND).format(text=both, sound=_pick(rng, names))
+    forms = list(_SOUND_ALONE)
+    heard = [
+        forms.pop(rng.integers(len(forms))).format(sound=_pick(rng, names))
+        for _ in range(1 + int(rng.integers(2)))
+    ]
+    return {"video": seen, "audio": heard, "fused": [fused]}
 
 
 def transcript(scene: Scene, seconds: float) -> tuple[str, list[list[float]]]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import msgpack
 
+from invideo_jax.data.clean import clean_text
 from invideo_jax.data.decode import BadVideo
-from invideo_jax.data.manifest import FIELDS, clean_text
+from invideo_jax.data.list_files import MEDIA
+from invideo_jax.data.manifest import FIELDS
 from invideo_jax.data.sources.base import (
     ROOTS_OPTION,
     Example,
@@ -21,6 +23,7 @@ from invideo_jax.data.sources.base import (
     make_example,
     renumber,
 )
+from invideo_jax.data.speech import Piece, SpeechError, is_plain, parse_speech
 
 INDEX = "index.json"
 SUFFIX = ".array_record"
@@ -96,9 +99,7 @@ def from_record(
         held = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise BadVideo("corrupt_record", where, f"no bytes under `video`; it holds {held}")
     get = lambda field: next((record[a] for a in FIELDS[field] if record.get(a) is not None), None)
-    captions = get("captions") or ()
-    captions = captions if isinstance(captions, list | tuple) else [captions]
-    label = -1 if get("label") is None else get("label")
+    spoken, label = get("speech"), -1 if get("label") is None else get("label")
     if isinstance(label, str) and label in classes:
         label = classes.index(label)
     elif numbers is not None and isinstance(label, int) and 0 <= label < len(numbers):
@@ -109,17 +110,34 @@ def from_record(
         )
     return make_example(
         id=str(record.get("id") or where),
+        media=record["media"] if record.get("media") in MEDIA else "video",
         video=record["video"],
         path=where,
         start=record.get("start"),
         end=record.get("end"),
-        captions=tuple(text for text in map(clean_text, captions) if text),
+        **{f"{kind}captions": _texts(get(f"{kind}captions")) for kind in _KINDS},
         label=int(label),
         label_name=classes[label] if classes and label >= 0 else "",
         split=clean_text(get("split")),
-        transcript=clean_text(get("transcript")),
+        transcript=clean_text(get("transcript") or (spoken if is_plain(spoken) else None)),
+        speech=() if not spoken or is_plain(spoken) else _speech(spoken, where),
         flip=bool(record.get("flip", True)),
     )
+
+
+_KINDS = ("", "audio_", "audio_video_", "fused_")
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(text for text in map(clean_text, values) if text)
+
+
+def _speech(value: Any, where: str) -> tuple[Piece, ...]:
+    try:
+        return tuple(map(tuple, parse_speech(value)))
+    except SpeechError as error:
+        raise BadVideo("corrupt_record", where, str(error)) from None
 
 
 def open_source(

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from invideo_jax.data.decode import BadVideo, check_path
 from invideo_jax.data.manifest import split_name
+from invideo_jax.data.speech import Piece, join_speech
 from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
@@ -29,25 +30,33 @@ class Example(TypedDict):
 
     Attributes:
         id: names the clip within its source.
-        video: absolute path of the file, or its encoded bytes.
+        media: what the file holds: 'video', 'image' or 'audio' (sound alone).
+        video: absolute path of the file, or its encoded bytes; also of an image or a sound.
         path: for messages: the file, or file#record.
         start, end: seconds into the file; None for its begin and end.
-        captions: zero or more texts.
+        captions: what is seen, zero or more texts. audio_captions: what is heard. audio_video_captions: both.
+            fused_captions: what is seen, heard and said in one sentence.
         label: class number, -1 unknown. label_name: '' unknown.
-        split, transcript: '' unknown.
+        split: '' unknown.
+        transcript: what is said; '' unknown. speech: the same in pieces, (start, end, text), seconds into the file.
         flip: False where mirroring the picture changes the meaning.
     """
 
     id: str
+    media: str
     video: str | bytes
     path: str
     start: float | None
     end: float | None
     captions: tuple[str, ...]
+    audio_captions: tuple[str, ...]
+    audio_video_captions: tuple[str, ...]
+    fused_captions: tuple[str, ...]
     label: int
     label_name: str
     split: str
     transcript: str
+    speech: tuple[Piece, ...]
     flip: bool
 
 
@@ -250,17 +259,24 @@ def existing_folder(path: str, what: str) -> pathlib.Path:
 
 
 def make_example(**known: Any) -> Example:
-    """An example with every key; those not given are unknown."""
+    """An example with every key; those not given are unknown. Speech without a transcript gives it."""
     example: dict[str, Any] = dict(
+        media="video",
         start=None,
         end=None,
         captions=(),
+        audio_captions=(),
+        audio_video_captions=(),
+        fused_captions=(),
         label=-1,
         label_name="",
         split="",
         transcript="",
+        speech=(),
         flip=True,
     )
     if not known.keys() <= Example.__annotations__.keys():
         raise TypeError(f"unknown keys {sorted(known.keys() - Example.__annotations__.keys())}")
-    return {**example, **known}  # type: ignore[return-value]
+    example |= known
+    example["transcript"] = example["transcript"] or join_speech(example["speech"])
+    return example  # type: ignore[return-value]

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Sequence
 
-from invideo_jax.data.manifest import VIDEO_SUFFIXES, list_videos
+from invideo_jax.data.list_files import MEDIA
+from invideo_jax.data.manifest import list_videos
 from invideo_jax.data.sources.base import (
     ROOTS_OPTION,
     Roots,
@@ -21,18 +22,22 @@ def open_source(
     roots: Sequence[str] = (),
     roots_option: str = ROOTS_OPTION,
     classes: Sequence[str] = (),
+    media: Sequence[str] = ("video",),
 ) -> ManifestSource:
     """The videos below `folder` in the order of their names, without captions or labels.
 
     A folder has no splits: all of it serves whatever split is asked for, and `notes` say so.
+
+    Args:
+        media: what is looked for: 'video', 'image', 'audio'.
     """
     located = Roots(existing_folder(folder, "A folder of videos"), roots, roots_option)
-    paths = list_videos(folder)
+    paths = list_videos(folder, media)
     if not paths:
         held = sum(len(files) for _, _, files in os.walk(folder))
         raise SourceError(
             f"A folder of videos must hold at least one; {os.path.abspath(folder)} holds {held} files, "
-            f"0 of them with a known ending ({' '.join(sorted(VIDEO_SUFFIXES))})."
+            f"0 of them with a known ending ({' '.join(sorted(suffix for kind in media for suffix in MEDIA[kind]))})."
         )
     check_sample(folder, located, paths)
     rows = [{"id": path, "path": path} for path in paths]

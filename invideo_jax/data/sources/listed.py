@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from invideo_jax.data.decode import BadVideo
+from invideo_jax.data.list_files import media_of
 from invideo_jax.data.manifest import read_manifest
 from invideo_jax.data.sources.base import (
     ROOTS_OPTION,
@@ -22,7 +24,10 @@ from invideo_jax.data.sources.base import (
     find_split,
     make_example,
 )
+from invideo_jax.data.speech import Piece, SpeechError, read_subtitles
 from invideo_jax.registry import nearest
+
+_TEXTS = ("captions", "audio_captions", "audio_video_captions", "fused_captions")
 
 Row = dict[str, Any]
 
@@ -57,17 +62,29 @@ class ManifestSource(Source):
         label = row.get("label", -1)
         return make_example(
             id=row["id"],
+            media=media_of(full) or "video",
             video=full,
             path=full,
             start=row.get("start"),
             end=row.get("end"),
-            captions=tuple(row.get("captions", ())),
+            **{field: tuple(row.get(field, ())) for field in _TEXTS},
             label=label,
             label_name=self.classes[label] if self.classes and label >= 0 else "",
             split=row.get("split", ""),
             transcript=row.get("transcript", ""),
+            speech=self._speech(row.get("speech", ())),
             flip=row.get("flip", True),
         )
+
+    def _speech(self, value: list | str) -> tuple[Piece, ...]:
+        """Pieces of a row, read from its subtitle file where it names one."""
+        if isinstance(value, str):
+            full = self._roots.check(value)
+            try:
+                value = read_subtitles(full)
+            except (OSError, SpeechError) as error:
+                raise BadVideo("subtitles", full, str(error)) from None
+        return tuple(map(tuple, value))
 
     def identify(self, index: int) -> str:
         return self.row(index)["id"]
@@ -102,7 +119,7 @@ def open_source(
         roots: folders besides the manifest's own that its paths may lie in.
         roots_option: how the user sets `roots`, for messages.
         min_seconds, max_seconds: keep clips this long (end - start, or the column `seconds`).
-        labelled: keep rows with a label. captioned: keep rows with a caption.
+        labelled: keep rows with a label. captioned: keep rows with a caption of any kind.
         classes: class names by number, where labels are names; default: the names of the whole list, sorted, so that
             every split of one manifest counts alike. Give the training source's `classes` for a separate list.
 
@@ -135,7 +152,7 @@ def open_source(
     if outside:
         raise located.refusal(path, outside, len(rows))
     check_sample(path, located, paths)
-    kept = ("id", "path", "start", "end", "captions", "label", "split", "transcript", "flip")
+    kept = ("id", "path", "start", "end", *_TEXTS, "label", "split", "transcript", "speech", "flip")
     source = ManifestSource(
         path, [{k: row[k] for k in kept if k in row} for row in rows], located, names
     )
@@ -231,7 +248,7 @@ def _filters(
     if labelled:
         filters.append(("has a label", lambda row: row.get("label", -1) != -1))
     if captioned:
-        filters.append(("has a caption", lambda row: bool(row.get("captions"))))
+        filters.append(("has a caption", lambda row: any(map(row.get, _TEXTS))))
     return filters
 
 

@@ -191,4 +191,6 @@ def _plain(field: str, value: Any) -> Any:
         return value
     if isinstance(value, list):
         return [_plain(field, v) for v in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(field, v) for key, v in value.items()}
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
