@@ -29,6 +29,11 @@ COMPARED += ("stage2", "video_clip", "bert", "clip_text")
 _LENGTH = 12  # of the text that is compared, its padding included
 
 
+def compared(text: Mapping[str, Any]) -> bool:
+    """Whether model.py has a module like a model that `models.describe` gave as text."""
+    return text["model"] in COMPARED and not text["arguments"].get("fusion_width")
+
+
 def issue(
     folder: pathlib.Path,
     model: nn.Module,
@@ -49,7 +54,7 @@ def issue(
     """
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in (TEXT, TENSORS))
     found = dict(text, bound=BOUND, dtype=dtype, jax=importlib.metadata.version("jax"))
-    if text["model"] in COMPARED:
+    if compared(text):
         tensors = inputs = _inputs(model)
         arrays = _in_float32(params, dtype)
         out = models.embed(model, unflatten_dict(arrays, sep="/"), **inputs)
@@ -64,6 +69,18 @@ def issue(
     found["checked"] = _compared(folder, found)
     (folder / TEXT).write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def compared(text: Mapping[str, Any]) -> bool:
+    """Whether `torch_model` has this model, 'model', 'arguments' and 'layout', under these names."""
+    a = text["arguments"]
+    if text["model"] == "video_clip":
+        return (a["vision"]["model"], a["text"]["model"]) == ("projected", "clip_text")
+    if text["model"] == "clip_text":
+        return text["layout"] != "clip_text_hf" and a["output_width"] > 0
+    if text["model"] == "bert":
+        return a["fusion_from"] == a["depth"]
+    return text["model"] in COMPARED
 
 
 def _inputs(model: nn.Module) -> dict[str, np.ndarray]:
@@ -94,7 +111,8 @@ def _in_float32(params: Mapping[str, Leaf], dtype: str) -> dict[str, np.ndarray]
 def _compared(folder: pathlib.Path, found: Mapping[str, Any]) -> dict[str, Any]:
     """{'differences': {name: number}, 'torch': version}, or {'not': why}."""
     if TENSORS not in found["files"]:
-        return {"not": f"this package has no PyTorch module for a model {found['model']!r}"}
+        what = f"a model {found['model']!r} of layout {found['layout']!r}"
+        return {"not": f"this package has no PyTorch module for {what}"}
     needed = ["torch", "transformers"] if found["layout"].startswith("videomae_hf") else ["torch"]
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     if absent:

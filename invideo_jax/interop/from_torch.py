@@ -21,7 +21,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from invideo_jax import command_line, sharding
 from invideo_jax.errors import UserError
-from invideo_jax.interop import folder, infer, mapping, models, names, reading, safetensors_io
+from invideo_jax.interop import (
+    folder,
+    hf_config,
+    infer,
+    mapping,
+    models,
+    names,
+    reading,
+    safetensors_io,
+)
 from invideo_jax.interop.leaves import Leaf, cast, deferred, leaf
 from invideo_jax.models import positions
 
@@ -96,8 +105,9 @@ def convert(
     state = {mapping.spelled(key, table): value for key, value in state.items()}
     state, flat = reading.with_time(state, layout)
     notes = [*weights.notes, *stripped, *flat]
-    given = _with_hf_config(given, weights.files[0], layout)
     given, own = _with_own_config(given, weights.files[0], layout)
+    given = hf_config.read(given, weights.files[0], layout)
+    given = _with_beats_config(given, weights.files[0], layout, notes)
     state = _without(state, [*table.unused], "of no use here", notes, regular=True)
     state = _without(state, wanted.drop, "dropped", notes)
     text = own or infer.model_text({key: x.shape for key, x in state.items()}, layout, given)
@@ -214,38 +224,6 @@ def _reclassed(model, leaves: dict[str, Leaf], rows: Sequence[int] | None, notes
             take = lambda old=old: old.read()[..., index]
             leaves = leaves | {path: deferred((*old.shape[:-1], len(index)), old.dtype, take)}
     return model.clone(classes=len(rows)), leaves
-
-
-# What transformers' config.json says that shapes do not.
-_HF_CONFIG = {
-    "num_attention_heads": "heads",
-    "decoder_num_attention_heads": "decoder_heads",
-    "layer_norm_eps": "eps",
-    "hidden_act": "activation",
-}
-_HF_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-def _with_hf_config(given: infer.Given, file: pathlib.Path, layout: str) -> infer.Given:
-    """What the config.json beside a file of transformers says, where the user says nothing."""
-    config = file.with_name("config.json")
-    if not layout.startswith("videomae_hf") or not config.is_file():
-        return given
-    try:
-        found = json.loads(config.read_text())
-        values = {ours: found[name] for name, ours in _HF_CONFIG.items() if name in found}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{config} cannot be read: {error}.") from error
-    if layout.endswith("classification"):
-        values.pop("decoder_heads", None)
-    if "activation" in values:
-        values["activation"] = _HF_ACTIVATIONS.get(values["activation"], values["activation"])
-    return dataclasses.replace(
-        given,
-        frames=given.frames or found.get("num_frames", 0),
-        image_size=given.image_size or found.get("image_size", 0),
-        values=values | dict(given.values),
-    )
 
 
 _OWN_CONFIG = ("heads", "pool_heads", "decoder_heads")  # what shapes do not tell

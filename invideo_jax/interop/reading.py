@@ -57,6 +57,16 @@ def open_weights(path: str | pathlib.Path, *, entry: str = "") -> Weights:
     return Weights(state, (path,), tuple(notes))
 
 
+def settings(path: pathlib.Path, entry: str) -> dict[str, Any]:
+    """Plain values in an entry of a file of torch.save, beside the weights; empty where there is none."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return {}
+    found = torch_zip.read(path)
+    inside = found.get(entry) if isinstance(found, dict) else None
+    return dict(inside) if isinstance(inside, dict) else {}
+
+
 def _in_folder(folder: pathlib.Path) -> pathlib.Path:
     found = sorted(p for p in folder.iterdir() if p.is_file() and p.stem != "certificate")
     for fits in (

@@ -98,6 +98,10 @@ def export(
         config = dict(text, mean=list(constants[0]), std=list(constants[1]))
     if layout.startswith("videomae_hf"):
         config = hf_config.config(model, layout)
+    elif (
+        layout in hf_config.TEXT
+    ):  # both programs read the file, and leave alone what is not theirs
+        config = hf_config.text_config(model, layout) | config
     output.mkdir(parents=True, exist_ok=True)
     if file_format == "pth":
         torch_zip.write(output / "model.pth", state)
@@ -107,7 +111,7 @@ def export(
     if layout.startswith("videomae_hf"):
         processor = json.dumps(hf_config.processor(model), indent=1)
         (output / "preprocessor_config.json").write_text(processor + "\n")
-    elif text["model"] in certificate.COMPARED:
+    elif certificate.compared(text):
         shutil.copyfile(pathlib.Path(__file__).with_name("torch_model.py"), output / "model.py")
     found = certificate.issue(output, model, params, dtype=dtype, text=text)
     (output / "README.md").write_text(card.text(model, meta, found, state))

@@ -1,6 +1,7 @@
 """How one array lies in PyTorch and in our parameters, by the names that `names.Row.turn` uses."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -40,6 +41,12 @@ TURNS: dict[str, Turn] = {
         lambda x, cube: x.reshape(*cube[1:], -1, x.shape[-1]).transpose(3, 2, 0, 1),
         4,
     ),
+    # (O, 1, p, p) <-> (p*p, O): patches of a picture with one channel, whatever the clips' cubes are
+    "square": Turn(
+        lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+        lambda x, cube: x.T.reshape(x.shape[1], 1, math.isqrt(x.shape[0]), -1),
+        4,
+    ),
     # (O, C, ...) <-> (..., C, O): a convolution that stays one
     "kernel": Turn(
         lambda x: np.moveaxis(x, (0, 1), (-1, -2)), lambda x, cube: np.moveaxis(x, (-1, -2), (0, 1))
@@ -52,6 +59,9 @@ TURNS: dict[str, Turn] = {
         (np.float32, np.int64),
     ),
     "token": Turn(lambda x: x.reshape(-1), lambda x, cube: x.reshape(1, 1, -1), 3),  # (1, 1, D)
+    "heads": Turn(
+        lambda x: x.reshape(-1), lambda x, cube: x.reshape(1, -1, 1, 1), 4
+    ),  # (1, K, 1, 1)
     "table": Turn(lambda x: x[0], lambda x, cube: x[None], 3),  # (1, N, D)
     "table4": Turn(lambda x: x[0, 0], lambda x, cube: x[None, None], 4),  # (1, 1, N, D)
 }
