@@ -9,6 +9,7 @@ A source spec is a folder, a manifest file, or `kind:rest`:
     tfds:NAME or tfds:NAME/SPLIT     a TFDS dataset of encoded videos, prepared as ArrayRecord;
                                      `?dir=PATH&video=FEATURE&caption=FEATURE` behind it says where it
                                      lies and which feature is what (put the spec in quotes)
+    benchmark:NAME:FOLDER            a published benchmark, from its own annotation files
 
 Several are joined by ';', each with its weight behind a comma: `a.csv,0.7;tfds:clips,0.3`.
 """
@@ -50,6 +51,7 @@ SOURCES = Registry(
         "synthetic": "invideo_jax.data.sources.listed:open_synthetic",
         "arrayrecord": "invideo_jax.data.sources.array_record:open_source",
         "tfds": "invideo_jax.data.sources.tfds:open_source",
+        "benchmark": "invideo_jax.data.benchmarks:open_source",
     },
 )
 
