@@ -29,11 +29,6 @@ COMPARED += ("stage2", "video_clip", "bert", "clip_text")
 _LENGTH = 12  # of the text that is compared, its padding included
 
 
-def compared(text: Mapping[str, Any]) -> bool:
-    """Whether model.py has a module like a model that `models.describe` gave as text."""
-    return text["model"] in COMPARED and not text["arguments"].get("fusion_width")
-
-
 def issue(
     folder: pathlib.Path,
     model: nn.Module,
@@ -80,6 +75,8 @@ def compared(text: Mapping[str, Any]) -> bool:
         return text["layout"] != "clip_text_hf" and a["output_width"] > 0
     if text["model"] == "bert":
         return a["fusion_from"] == a["depth"]
+    if text["model"] == "stage2":
+        return not a["fusion_width"]
     return text["model"] in COMPARED
 
 

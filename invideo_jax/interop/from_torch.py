@@ -25,6 +25,7 @@ from invideo_jax.interop import (
     folder,
     hf_config,
     infer,
+    infer_sound,
     mapping,
     models,
     names,
@@ -107,7 +108,7 @@ def convert(
     notes = [*weights.notes, *stripped, *flat]
     given, own = _with_own_config(given, weights.files[0], layout)
     given = hf_config.read(given, weights.files[0], layout)
-    given = _with_beats_config(given, weights.files[0], layout, notes)
+    given = infer_sound.read(given, weights.files[0], layout)
     state = _without(state, [*table.unused], "of no use here", notes, regular=True)
     state = _without(state, wanted.drop, "dropped", notes)
     text = own or infer.model_text({key: x.shape for key, x in state.items()}, layout, given)

@@ -2,17 +2,15 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from invideo_jax.errors import UserError
+from invideo_jax.interop import infer_sound, infer_text
+from invideo_jax.interop.given import Given, Shapes, Text, depth_of
 from invideo_jax.models import sizes
 from invideo_jax.models.alignment import last_blocks
 from invideo_jax.registry import nearest
-
-Shapes = Mapping[str, tuple[int, ...]]
-Text = dict[str, Any]  # a model as `models.describe` writes it
 
 # Attention heads do not show in shapes: those of the published models, by width.
 HEADS = {row.width: row.heads for row in sizes.INTERNVIDEO2.values() if row.params} | {
@@ -21,22 +19,6 @@ HEADS = {row.width: row.heads for row in sizes.INTERNVIDEO2.values() if row.para
 DECODER_HEADS = {
     row.decoder_width: row.decoder_heads for row in sizes.VIDEO_MAE.values() if row.params
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """What the user says of the file's model; empty where shapes shall tell.
-
-    Attributes:
-        frames, image_size: of the clips the file's model was made for.
-        size: row of `sizes` for what shapes do not tell.
-        values: further arguments of the model or its encoder, by name.
-    """
-
-    frames: int = 0
-    image_size: int = 0
-    size: str = ""
-    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def model_text(shapes: Shapes, layout: str, given: Given) -> Text:
@@ -60,7 +42,7 @@ def model_text(shapes: Shapes, layout: str, given: Given) -> Text:
             f"{', '.join(sorted({k.split('.')[0] for k in shapes})[:8])}. Give another --layout."
         ) from error
     for name, value in given.values.items():
-        if name not in ("clip_blocks", "mae_blocks", "text_heads"):  # used above
+        if name not in ("clip_blocks", "mae_blocks", *infer_text.USED):  # used above
             _set(text, name, value)
     return text
 
@@ -78,12 +60,6 @@ def _set(text: Text, name: str, value: Any) -> None:
             return
     known = sorted({key for arguments in places for key in arguments})
     raise UserError(f"--model.{name} must name an argument of the model.{nearest(name, known)}")
-
-
-def depth_of(shapes: Shapes, prefix: str) -> int:
-    """Number of blocks whose keys begin with `prefix`."""
-    found = (re.match(re.escape(prefix) + r"(\d+)\.", key) for key in shapes)
-    return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 
 def heads_of(name: str, width: int, given: Given, table: Mapping[int, int]) -> int:
@@ -297,67 +273,68 @@ def _projected(s: Shapes, given: Given) -> Text:
     return {"model": "projected", "arguments": dict(encoder=encoder, width=width)}
 
 
-def _mobileclip(s: Shapes) -> Text:
-    vocabulary, width = s["text_encoder.embedding_layer.weight"]
-    block = "text_encoder.transformer."
-    arguments = dict(
-        width=width,
-        depth=depth_of(s, block),
-        heads=width // 64 or 1,
-        mlp_width=s[f"{block}0.pre_norm_ffn.1.weight"][0],
-        output_width=s["text_encoder.projection_layer"][1],
-        vocabulary=vocabulary,
-        positions=s["text_encoder.positional_embedding.pos_embed.pos_embed"][2],
-        activation="gelu",
-        causal=True,
-        eps=1e-5,
-    )
-    return {"model": "clip_text", "arguments": arguments}
-
-
-def _text_heads(text: Text, given: Given) -> Text:
-    """Heads of 64 channels, as in all published towers, unless --model.text_heads says otherwise."""
-    text["arguments"]["heads"] = given.values.get("text_heads", text["arguments"]["heads"])
-    return text
-
-
 def _clip(s: Shapes, given: Given) -> Text:
-    parts = dict(vision=_projected(s, given), text=_text_heads(_mobileclip(s), given))
+    text = infer_text.mobileclip(s, given, "text_encoder.")
+    return _towers(_projected(s, given), text)
+
+
+def _towers(vision: Text, text: Text, **more: Any) -> Text:
     limits = dict(initial_temperature=0.01, temperature_range=[0.01, float("inf")])
-    return {"model": "video_clip", "arguments": parts | limits}
+    return {"model": "video_clip", "arguments": dict(vision=vision, text=text, **limits | more)}
 
 
-def _bert(s: Shapes, prefix: str) -> Text:
-    embeddings, layer = f"{prefix}bert.embeddings.", f"{prefix}bert.encoder.layer."
-    vocabulary, width = s[f"{embeddings}word_embeddings.weight"]
-    depth = depth_of(s, layer)
-    fusion = [i for i in range(depth) if f"{layer}{i}.crossattention.self.key.weight" in s]
-    arguments = dict(
+def _pooled(encoder: Text) -> Text:
+    return {"model": "pooled", "arguments": dict(encoder=encoder)}
+
+
+def _clip_llama(s: Shapes, given: Given) -> Text:
+    encoder = vision(s, given, "vision_encoder.", layer_scale_float32=False)
+    return _towers(_pooled(encoder), infer_text.llama(s, given, "text_encoder.transformer."))
+
+
+def _clip_head(s: Shapes, given: Given) -> Text:
+    projector = "vision_encoder.clip_projector."
+    width, _ = s[f"{projector}cross_attn.q.weight"]
+    pool = dict(
         width=width,
-        depth=depth,
-        heads=width // 64 or 1,
-        mlp_width=s[f"{layer}0.intermediate.dense.weight"][0],
-        fusion_from=fusion[0] if fusion else depth,
-        vocabulary=vocabulary,
-        positions=s[f"{embeddings}position_embeddings.weight"][0],
-        types=s[f"{embeddings}token_type_embeddings.weight"][0],
-        pad=0,
-        word_head=f"{prefix}cls.predictions.bias" in s,
-        activation="gelu",
-        eps=1e-12,
+        pool_heads=heads_of("pool_heads", width, given, dict.fromkeys(HEADS, 16)),
+        pool_width=s[f"{projector}cross_attn.proj.weight"][0],
     )
-    return {"model": "bert", "arguments": arguments}
+    return {"model": "clip_head", "arguments": pool}
+
+
+def _viclip(s: Shapes, given: Given) -> Text:
+    encoder = _clip_visual(_OPENAI, "vision_encoder.")(s, given)
+    return _towers(_pooled(encoder), infer_text.clip(s, given, "text_encoder."))
+
+
+def _internvideo1(s: Shapes, given: Given) -> Text:
+    limits = dict(initial_temperature=0.07, temperature_range=[0.01, 1.0], logarithmic=True)
+    return _towers(_pooled(_uniformer(s, given)), infer_text.clip(s, given), **limits)
 
 
 def _stage2(s: Shapes, given: Given) -> Text:
     arguments = dict(
         vision=aligned(s, given, "vision_encoder.", frames=4),
-        text=_text_heads(_bert(s, "text_encoder."), given),
+        text=infer_text.bert(s, given, "text_encoder."),
         width=s["vision_proj.weight"][0],
         initial_temperature=0.07,
         temperature_range=[0.001, 0.5],
     )
     return {"model": "stage2", "arguments": arguments}
+
+
+def _stage2_audiovisual(s: Shapes, given: Given) -> Text:
+    text = _stage2(s, given)
+    heads = dict(video="itm_head", audio="atm_head", audio_video="avtm_head")
+    sound = "audio_encoder.patch_embedding.weight" in s
+    text["arguments"] |= dict(
+        audio=infer_sound.beats(s, given, "audio_encoder.") if sound else None,
+        fusion_width=s["av_concat_vision_proj.0.weight"][0],
+        views=[view for view, head in heads.items() if f"{head}.weight" in s],
+        joint="av_fusion.weight" in s,
+    )
+    return text
 
 
 # ---- teachers -------------------------------------------------------------------------------------
@@ -457,5 +434,12 @@ READERS: dict[str, Callable[[Shapes, Given], Text]] = {
     "internvideo2_encoder": vision,
     "internvideo2_clip_vision": _projected,
     "internvideo2_clip": _clip,
+    "internvideo2_clip_llama": _clip_llama,
+    "internvideo2_clip_head": _clip_head,
+    "viclip": _viclip,
+    "internvideo1_clip": _internvideo1,
+    **infer_text.READERS,
     "internvideo2_stage2": _stage2,
+    "internvideo2_stage2_audiovisual": _stage2_audiovisual,
+    "beats": infer_sound.beats,
 }

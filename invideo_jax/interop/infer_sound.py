@@ -1,5 +1,9 @@
 """What tower of sounds a file of weights is of."""
 
+import dataclasses
+import pathlib
+
+from invideo_jax.interop import reading
 from invideo_jax.interop.given import Given, Shapes, Text, depth_of
 
 # What BEATs' own settings have where a file is silent, and which of our arguments they are.
@@ -11,6 +15,13 @@ _BEATS_CONFIG = {
     "activation_fn": ("activation", "gelu"),
 }
 _BEATS_ACTIVATIONS = {"gelu": "gelu", "gelu_accurate": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+
+
+def read(given: Given, file: pathlib.Path, layout: str) -> Given:
+    """`given`, with what a published file of BEATs says of its model beside the weights."""
+    if layout != "beats":
+        return given
+    return dataclasses.replace(given, config=reading.settings(file, "cfg"))
 
 
 def beats(s: Shapes, given: Given, prefix: str = "") -> Text:

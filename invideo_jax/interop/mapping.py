@@ -46,7 +46,7 @@ def keys_of(table: names.Layout, shapes: Shapes) -> Iterator[tuple[names.Row, st
     Yields:
         Its row, the key, and the place of its block in our stack (None outside stacks).
     """
-    rows = [row for row in table.rows if not row.optional or row.ours[0] in shapes]
+    rows = [row for row in table.rows if row.fits(shapes)]
     for group in groups(rows):
         if "{i}" not in group[0].theirs:
             yield from ((row, row.theirs, None) for row in group)
@@ -235,7 +235,7 @@ def to_state(
 
 def _named(table: names.Layout, flat: Mapping[str, Leaf]) -> set[str]:
     """The parameters that a layout has keys for, of optional ones those that are there."""
-    rows = [row for row in table.rows if not row.optional or row.ours[0] in flat]
+    rows = [row for row in table.rows if row.fits(flat)]
     return {path for row in rows for path in row.ours}
 
 

@@ -14,8 +14,10 @@ from flax.traverse_util import flatten_dict
 from invideo_jax import sharding
 from invideo_jax.errors import UserError
 from invideo_jax.models import pixels
+from invideo_jax.models.audio_encoder import AudioViT, Beats
 from invideo_jax.models.llama import LlamaText
 from invideo_jax.models.text_encoder import Bert, ClipText
+from invideo_jax.models.video_clip import ClipHead
 from invideo_jax.registry import Registry
 
 PyTree = Any
@@ -32,9 +34,12 @@ MODELS = Registry(
         "final": "invideo_jax.models.alignment:FinalSpec",
         "projected": "invideo_jax.models.alignment:ProjectedEncoder",
         "classifier": "invideo_jax.models.classifier:Classifier",
+        "beats": "invideo_jax.models.audio_encoder:Beats",
+        "audio_vit": "invideo_jax.models.audio_encoder:AudioViT",
         "stage2": "invideo_jax.models.stage2:Stage2",
         "video_clip": "invideo_jax.models.video_clip:VideoClip",
         "pooled": "invideo_jax.models.video_clip:PooledEncoder",
+        "clip_head": "invideo_jax.models.video_clip:ClipHead",
         "bert": "invideo_jax.models.text_encoder:Bert",
         "llama_text": "invideo_jax.models.llama:LlamaText",
         "clip_text": "invideo_jax.models.text_encoder:ClipText",
@@ -47,6 +52,7 @@ MODELS = Registry(
     },
 )
 TEXT = (Bert, ClipText, LlamaText)  # the towers that see no video
+AUDIO = (Beats, AudioViT)  # the towers of sounds alone
 # Attributes that change no number of the model in evaluation.
 RUNNING = ("parent", "name", "scan", "remat", "dtype", "drop_path", "dropout")
 
@@ -149,7 +155,7 @@ def count(model: nn.Module) -> int:
 
 def sees_video(model: nn.Module) -> bool:
     """Whether there is a video encoder in a model."""
-    return not isinstance(model, TEXT)
+    return not isinstance(model, (*TEXT, *AUDIO, ClipHead))
 
 
 def text_tower(model: nn.Module) -> nn.Module | None:
@@ -197,7 +203,7 @@ def with_encoder(model: nn.Module, **overrides: Any) -> nn.Module:
 
 
 def cube_of(model: nn.Module) -> tuple[int, int, int]:
-    """(frames, rows, columns) of one cube; ones for a model of text."""
+    """(frames, rows, columns) of one cube; ones for a model of text or sound."""
     if not sees_video(model):
         return 1, 1, 1
     encoder, _ = encoder_of(model)

@@ -98,9 +98,8 @@ def export(
         config = dict(text, mean=list(constants[0]), std=list(constants[1]))
     if layout.startswith("videomae_hf"):
         config = hf_config.config(model, layout)
-    elif (
-        layout in hf_config.TEXT
-    ):  # both programs read the file, and leave alone what is not theirs
+    elif layout in hf_config.TEXT:
+        # Both programs read the file, and leave alone what is not theirs.
         config = hf_config.text_config(model, layout) | config
     output.mkdir(parents=True, exist_ok=True)
     if file_format == "pth":

@@ -116,6 +116,8 @@ class Bert(nn.Module):
     Attributes:
         width, depth, heads, mlp_width: D, all blocks, K, F.
         fusion_from: number of the first fusion block; `depth` for none.
+        context_width: of the tokens that fusion blocks look at, of a tower that stands alone (as it is
+            imported); 0: the tokens tell.
         vocabulary, positions, types: rows of the three embedding tables.
         pad: id of padding, whose row gets no gradient from being looked up (as in PyTorch).
         word_head: whether words can be predicted; its matrix is the table of words.
@@ -129,6 +131,7 @@ class Bert(nn.Module):
     heads: int
     mlp_width: int
     fusion_from: int
+    context_width: int = 0
     vocabulary: int = 30522
     positions: int = 512
     types: int = 2
@@ -299,7 +302,7 @@ class ClipText(nn.Module):
 
     Attributes:
         width, depth, heads, mlp_width: D, blocks, K, F.
-        output_width: P.
+        output_width: P; 0 for no projection, the embedding is then the last token.
         causal: each token sees itself and those before it; False: all see all.
         vocabulary, positions: rows of the two tables.
     """
@@ -330,9 +333,10 @@ class ClipText(nn.Module):
         )
         self.stack = Stack(block, self.depth, scan=self.scan, remat=self.remat)
         self.norm = LayerNorm(self.eps, self.dtype)
-        self.projection = Linear(
-            self.output_width, ("embed", None), None, kernel_init=narrow, dtype=self.dtype
-        )
+        if self.output_width:
+            self.projection = Linear(
+                self.output_width, ("embed", None), None, kernel_init=narrow, dtype=self.dtype
+            )
 
     def __call__(
         self, ids: jax.Array, valid: jax.Array | None = None
@@ -370,7 +374,8 @@ class ClipText(nn.Module):
         x = self.norm(self.stack(x.astype(self.dtype), mask)[0])
         last = jnp.argmax(ids, axis=1) if valid is None else last_token(valid)
         pooled = masking.gather(x, last[:, None])[:, 0]
-        return dict(tokens=x, pooled=pooled, embedding=self.projection(pooled))
+        embedding = self.projection(pooled) if self.output_width else pooled
+        return dict(tokens=x, pooled=pooled, embedding=embedding)
 
     def check(self) -> None:
         """Raises UserError where attributes do not fit together; builds nothing."""
@@ -383,10 +388,16 @@ def init(model: Bert | ClipText, key: jax.Array) -> PyTree:
     ids = jnp.zeros((1, 1), jnp.int32)
     if isinstance(model, ClipText):
         return model.init(key, ids)["params"]
-    if model.fusion_from < model.depth:
+    if model.fusion_from < model.depth and not model.context_width:
         raise UserError(
-            "A BERT that stands alone must have no fusion blocks, whose other tokens it does not know; "
-            f"got fusion_from={model.fusion_from}, depth={model.depth}."
+            "A BERT that stands alone must have no fusion blocks, or know the width of the tokens that "
+            f"they look at; got fusion_from={model.fusion_from}, depth={model.depth}, context_width=0."
         )
-    run = lambda m, ids: m.words(m.encode(ids)) if m.word_head else m.encode(ids)
+
+    def run(m, ids):
+        x = m.encode(ids)
+        if m.fusion_from < m.depth:
+            x = m.fuse(x, None, jnp.zeros((1, 1, m.context_width)))
+        return m.words(x) if m.word_head else x
+
     return model.init(key, ids, method=run)["params"]

@@ -17,8 +17,10 @@ from invideo_jax import losses
 from invideo_jax.errors import UserError
 from invideo_jax.models import pixels
 from invideo_jax.models.alignment import AlignedEncoder, ProjectedEncoder
+from invideo_jax.models.checks import check_multiple
 from invideo_jax.models.layers import named
 from invideo_jax.models.llama import LlamaText
+from invideo_jax.models.pooling import AttentionPool
 from invideo_jax.models.text_encoder import ClipText
 
 PyTree = Any
@@ -139,7 +141,34 @@ class VideoClip(nn.Module):
             )
 
 
-def init(model: VideoClip, key: jax.Array) -> PyTree:
+class ClipHead(nn.Module):
+    """What was trained in InternVideo2-CLIP 1B and 6B, and what their files hold: pool and temperature.
+
+    Attributes:
+        width: D, of the encoder that it belongs to.
+        pool_heads, pool_width: as of `VideoEncoder`.
+    """
+
+    width: int
+    pool_heads: int = 16
+    pool_width: int = 768
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, P] of `tokens` [B, N, D], and the temperature."""
+        start = named(nn.initializers.constant(0.01))
+        return AttentionPool(self.pool_heads, self.pool_width, name="pool")(tokens)[0], self.param(
+            "temperature", start, ()
+        )
+
+    def check(self) -> None:
+        """Raises UserError where attributes do not fit together; builds nothing."""
+        check_multiple("width", self.width, "pool_heads", self.pool_heads)
+
+
+def init(model: VideoClip | ClipHead, key: jax.Array) -> PyTree:
     """Fresh parameters, each in a box with the logical names of its axes."""
+    if isinstance(model, ClipHead):
+        return model.init(key, jnp.zeros((1, 1, model.width)))["params"]
     ids = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, pixels.blank_video(model.vision.encoder), None, ids)["params"]

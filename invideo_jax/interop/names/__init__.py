@@ -5,11 +5,15 @@ A layout is a list of rows in the order of the published state dict; each family
 
 from invideo_jax.errors import UserError
 from invideo_jax.interop.names import (
+    beats,
     clip,
     internvideo1_multimodal,
     internvideo2,
+    internvideo2_audiovisual,
     internvideo2_classification,
+    internvideo2_clip,
     internvideo2_stage2,
+    llama,
     teachers,
     videomae,
 )
@@ -19,6 +23,7 @@ from invideo_jax.registry import nearest
 __all__ = ["LAYOUTS", "Layout", "Row", "get"]
 
 LAYOUTS: dict[str, Layout] = {
+    **beats.LAYOUTS,
     **clip.LAYOUTS,
     **internvideo1_multimodal.LAYOUTS,
     **internvideo2.LAYOUTS,
@@ -26,6 +31,9 @@ LAYOUTS: dict[str, Layout] = {
     **teachers.LAYOUTS,
     **videomae.LAYOUTS,
     **internvideo2_stage2.LAYOUTS,
+    **internvideo2_audiovisual.LAYOUTS,
+    **internvideo2_clip.LAYOUTS,
+    **llama.LAYOUTS,
 }
 
 

@@ -1,4 +1,4 @@
-"""CLIP's vision transformer: OpenAI's names (also of ViCLIP), and those of transformers."""
+"""CLIP's transformers: OpenAI's names (also of ViCLIP), and those of transformers."""
 
 from invideo_jax.interop.names.rows import Layout, Row, linear, norm, prefixed
 
@@ -41,6 +41,18 @@ def _hf_blocks(theirs: str, ours: str) -> list[Row]:
     ]
 
 
+def text(theirs: str = "", ours: str = "") -> tuple[Row, ...]:
+    """The text transformer."""
+    rows = (
+        Row("positional_embedding", ("position_embedding",)),
+        Row("text_projection", ("projection/kernel",)),
+        *residual_blocks("transformer.resblocks", "stack"),
+        Row("token_embedding.weight", ("word_embedding",)),
+        *norm("ln_final", "norm"),
+    )
+    return tuple(prefixed(rows, theirs, ours))
+
+
 def visual(theirs: str, ours: str, conv: str) -> tuple[Row, ...]:
     """The vision transformer; `conv` is the turn of the convolution, in two dimensions or three."""
     rows = (
@@ -73,6 +85,14 @@ LAYOUTS: dict[str, Layout] = {
     "viclip_visual": Layout(
         visual("vision_encoder.", "", "conv"), unused=(r"^text_encoder\.", r"^temp$")
     ),
+    # ViCLIP, whole.
+    "viclip": Layout(
+        (
+            Row("temp", ("temperature",)),
+            *visual("vision_encoder.", "vision/encoder/", "conv"),
+            *text("text_encoder.", "text/"),
+        )
+    ),
     # transformers, CLIPVisionModel and CLIPVisionModelWithProjection; version 5 has no prefix.
     "clip_visual_hf": Layout(
         (
@@ -89,6 +109,23 @@ LAYOUTS: dict[str, Layout] = {
             r"embeddings\.position_ids",
             r"^text_model\.",
             r"^text_projection\.",
+            r"^logit_scale$",
+        ),
+    ),
+    # transformers, CLIPTextModel and CLIPTextModelWithProjection, and the text half of CLIPModel.
+    "clip_text_hf": Layout(
+        (
+            Row("text_model.embeddings.token_embedding.weight", ("word_embedding",)),
+            Row("text_model.embeddings.position_embedding.weight", ("position_embedding",)),
+            *_hf_blocks("text_model.encoder.layers", "stack"),
+            *norm("text_model.final_layer_norm", "norm"),
+            Row("text_projection.weight", ("projection/kernel",), "linear", optional=True),
+        ),
+        aliases=((r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),),
+        unused=(
+            r"embeddings\.position_ids$",
+            r"^vision_model\.",
+            r"^visual_projection\.",
             r"^logit_scale$",
         ),
     ),

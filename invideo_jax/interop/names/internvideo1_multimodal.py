@@ -1,7 +1,7 @@
 """The multimodal branch of InternVideo1: UniFormerV2 in CLIP's clothes."""
 
-from invideo_jax.interop.names.clip import fused_attention, residual_blocks
-from invideo_jax.interop.names.rows import Layout, Row, linear, norm
+from invideo_jax.interop.names.clip import fused_attention, residual_blocks, text
+from invideo_jax.interop.names.rows import Layout, Row, linear, norm, prefixed
 
 EXTRACTORS = 4
 
@@ -43,7 +43,20 @@ def vision_rows() -> tuple[Row, ...]:
     )
 
 
+# The decoder of captions, and the token that hides words from it.
+_CAPTIONS = (r"^text_mask_embedding$", r"^caption_decoder\.")
+
 LAYOUTS: dict[str, Layout] = {
+    # Both towers.
+    "internvideo1_clip": Layout(
+        (
+            Row("logit_scale", ("logit_scale",)),
+            *prefixed(vision_rows(), "", "vision/encoder/"),
+            *text(ours="text/"),
+        ),
+        prefixes=("clip.",),
+        unused=_CAPTIONS,
+    ),
     # The video tower alone; files of the whole model hold the text tower and a decoder besides.
     "internvideo1_multimodal": Layout(
         vision_rows(),
@@ -55,8 +68,7 @@ LAYOUTS: dict[str, Layout] = {
             r"^ln_final\.",
             r"^text_projection$",
             r"^logit_scale$",
-            r"^text_mask_embedding$",
-            r"^caption_decoder\.",
+            *_CAPTIONS,
         ),
     ),
 }

@@ -1,7 +1,7 @@
-"""Text towers (BERT with fusion blocks, MobileCLIP's, CLIP's), and the models of video and text."""
+"""Text towers (BERT with fusion blocks, MobileCLIP's, CLIP's), and InternVideo2's stage 2."""
 
-from invideo_jax.interop.names.clip import residual_blocks
-from invideo_jax.interop.names.internvideo2 import aligned, trunk
+from invideo_jax.interop.names import clip
+from invideo_jax.interop.names.internvideo2 import aligned
 from invideo_jax.interop.names.rows import Layout, Row, linear, norm, optional, prefixed
 
 
@@ -26,9 +26,16 @@ def _bert_blocks(ours: str, *, cross: bool) -> list[Row]:
 
 
 def bert(theirs: str = "", ours: str = "") -> tuple[Row, ...]:
-    """transformers' BertForMaskedLM, whose last layers have cross-attention."""
+    """transformers' BertForMaskedLM, or BertModel inside it; the last layers may have cross-attention."""
     embeddings = "bert.embeddings"
     text = "text_stack/blocks/norm1/scale"
+    head = (
+        Row("cls.predictions.bias", ("head_bias",)),
+        *linear("cls.predictions.transform.dense", "head_dense"),
+        *norm("cls.predictions.transform.LayerNorm", "head_norm"),
+        Row("cls.predictions.decoder.weight", ("word_embedding",), tied=True, beside="head_bias"),
+        Row("cls.predictions.decoder.bias", ("head_bias",), tied=True),
+    )
     rows = (
         Row(f"{embeddings}.position_ids", ("position_embedding",), buffer="arange"),
         Row(f"{embeddings}.word_embeddings.weight", ("word_embedding",)),
@@ -40,11 +47,7 @@ def bert(theirs: str = "", ours: str = "") -> tuple[Row, ...]:
             Row(row.theirs, row.ours, row.turn, row.optional, after=text)
             for row in _bert_blocks("fusion_stack", cross=True)
         ),
-        Row("cls.predictions.bias", ("head_bias",)),
-        *linear("cls.predictions.transform.dense", "head_dense"),
-        *norm("cls.predictions.transform.LayerNorm", "head_norm"),
-        Row("cls.predictions.decoder.weight", ("word_embedding",), tied=True),
-        Row("cls.predictions.decoder.bias", ("head_bias",), tied=True),
+        *optional(head),
     )
     return tuple(prefixed(rows, theirs, ours))
 
@@ -69,25 +72,18 @@ def mobileclip(theirs: str = "", ours: str = "") -> tuple[Row, ...]:
     return tuple(prefixed(rows, theirs, ours))
 
 
-def clip_text(theirs: str = "", ours: str = "") -> tuple[Row, ...]:
-    """OpenAI CLIP's text tower, which InternVideo1's multimodal model has too."""
-    rows = (
-        Row("positional_embedding", ("position_embedding",)),
-        Row("text_projection", ("projection/kernel",)),
-        *residual_blocks("transformer.resblocks", "stack"),
-        Row("token_embedding.weight", ("word_embedding",)),
-        *norm("ln_final", "norm"),
-    )
-    return tuple(prefixed(rows, theirs, ours))
-
-
 _TEMPERATURE = Row("temp", ("temperature",))
 
 LAYOUTS: dict[str, Layout] = {
-    # transformers' BertForMaskedLM, as published with a pooler and a second head that nothing here uses.
+    # transformers' BertForMaskedLM, as published with a pooler and a second head that nothing here uses;
+    # and BertModel, whose keys have no name in front.
     "bert": Layout(
         bert(),
-        aliases=((r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
+        aliases=(
+            (r"\.gamma$", ".weight"),
+            (r"\.beta$", ".bias"),
+            (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
+        ),
         unused=(r"bert\.pooler\.dense\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"),
     ),
     # InternVideo2_Stage2_visual.
@@ -101,16 +97,6 @@ LAYOUTS: dict[str, Layout] = {
             *linear("itm_head", "match_head"),
         )
     ),
-    # InternVideo2-CLIP S, B, L; of 1B and 6B the vision side alone is "internvideo2_encoder".
-    "internvideo2_clip": Layout(
-        (
-            _TEMPERATURE,
-            *trunk("vision_encoder.", "vision/encoder/"),
-            *norm("vision_align.0", "vision/align_norm"),
-            *linear("vision_align.1", "vision/align"),
-            *mobileclip("text_encoder.", "text/"),
-        )
-    ),
     "mobileclip_text": Layout(mobileclip()),
-    "clip_text": Layout(clip_text(), unused=("logit_scale", r"visual\..*")),
+    "clip_text": Layout(clip.text(), unused=("logit_scale", r"visual\..*")),
 }

@@ -1,7 +1,7 @@
 """Rows and layouts: what the tables of the families are made of."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Row:
             copy; read, it may be absent, and must be equal.
         buffer: name in `from_torch.BUFFERS` of an array that is no parameter. `ours` then names the
             parameter whose shape gives the buffer's, and whose absence its.
+        beside: path of the parameter whose absence is that of an optional row; '': the first of `ours`.
     """
 
     theirs: str
@@ -27,6 +28,11 @@ class Row:
     after: str = ""
     tied: bool = False
     buffer: str = ""
+    beside: str = ""
+
+    def fits(self, paths: Container[str]) -> bool:
+        """Whether a model with these parameters has the key."""
+        return not self.optional or (self.beside or self.ours[0]) in paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,7 @@ def prefixed(rows: Iterable[Row], theirs: str, ours: str) -> list[Row]:
             theirs=theirs + row.theirs,
             ours=tuple(ours + path for path in row.ours),
             after=row.after and ours + row.after,
+            beside=row.beside and ours + row.beside,
         )
         for row in rows
     ]
