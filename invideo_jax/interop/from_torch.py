@@ -109,6 +109,7 @@ def convert(
     given, own = _with_own_config(given, weights.files[0], layout)
     given = hf_config.read(given, weights.files[0], layout)
     given = infer_sound.read(given, weights.files[0], layout)
+    notes += ["built from the file's own settings, 'cfg'"] * bool(given.config)
     state = _without(state, [*table.unused], "of no use here", notes, regular=True)
     state = _without(state, wanted.drop, "dropped", notes)
     text = own or infer.model_text({key: x.shape for key, x in state.items()}, layout, given)
