@@ -44,10 +44,10 @@ EVALUATORS = Registry(
         "zero_shot": "invideo_jax.evals.zero_shot:make",
         "multiple_choice": "invideo_jax.evals.multiple_choice:make",
         "retrieval": "invideo_jax.evals.retrieval:make",
-        # As well, with other options: one recipe may measure several.
-        "retrieval_audio": "invideo_jax.evals.retrieval:make",
-        "retrieval_audio_video": "invideo_jax.evals.retrieval:make",
-        "retrieval_speech": "invideo_jax.evals.retrieval:make",
+        # The same of other texts: one recipe may measure several.
+        "retrieval_audio": "invideo_jax.evals.retrieval:make_audio",
+        "retrieval_audio_video": "invideo_jax.evals.retrieval:make_audio_video",
+        "retrieval_speech": "invideo_jax.evals.retrieval:make_speech",
     },
 )
 

@@ -154,6 +154,11 @@ def make(
     )
 
 
+make_audio = functools.partial(make, text="audio", gallery="audio")
+make_audio_video = functools.partial(make, text="audio_video", gallery="audio_video")
+make_speech = functools.partial(make, text="speech")  # transcripts find videos
+
+
 def without_texts(owner: np.ndarray, listed: Sequence[tuple[str, ...]]) -> np.ndarray:
     """`owner` with -1 for examples that have no text."""
     has = np.array([bool(texts) for texts in listed])
