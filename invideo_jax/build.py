@@ -1,5 +1,6 @@
 """From the config to the data of a run: sources, batches, evaluators. `programs/` builds what runs on them."""
 
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -8,10 +9,13 @@ import jax
 import ml_collections
 
 from invideo_jax import sharding
+from invideo_jax.data import captions
+from invideo_jax.data.alternating import Alternating, by_media
 from invideo_jax.data.bad import BadLedger
 from invideo_jax.data.decode import Limits
 from invideo_jax.data.pipeline import Loader
 from invideo_jax.data.sources import NoSuchSplit, Source, open_source, parse_mixture
+from invideo_jax.data.text import Tokenizer
 from invideo_jax.data.transforms import ClipSpec
 from invideo_jax.errors import UserError
 from invideo_jax.evals import EVALUATORS, Given
@@ -99,6 +103,67 @@ def held_out_sources(config: ml_collections.ConfigDict, train: Sequence[Source])
     return opened
 
 
+def tokenizers(
+    config: ml_collections.ConfigDict, made: Mapping[str, Program]
+) -> dict[str, Tokenizer]:
+    """The tokenizer of each stage that has texts.
+
+    Args:
+        made: programs by the names of their stages.
+
+    Raises:
+        UserError: none there, or one that the text tower was not built for.
+    """
+    found = {}
+    for name, program in made.items():
+        if program.modalities and program.modalities.text:
+            found[name] = program.modalities.text.open()
+            check_tokenizer(found[name], config.stages[name].text, key=f"stages.{name}.text")
+    return found
+
+
+def check_tokenizer(found: Tokenizer, text: ml_collections.ConfigDict, *, key: str) -> None:
+    """Raises UserError unless a tokenizer gives the numbers that the config says the tower was built for."""
+    for name in ("vocabulary", "pad", "mask"):
+        its = getattr(found, name)
+        if its is not None and its != text[name]:
+            raise UserError(
+                f"The tokenizer must be the one that the text tower was built for; {text.tokenizer} has "
+                f"{name}={its}, {key}.{name}={text[name]}. Give the tower's own tokenizer, or for a tower without "
+                f"trained weights --config.{key}.{name}={its}."
+            )
+
+
+def tokenizer_folder(workdir: pathlib.Path, stage_name: str) -> pathlib.Path:
+    """Where a run keeps the tokenizer of a stage."""
+    return workdir / "tokenizer" / stage_name
+
+
+def train_loader(
+    config: ml_collections.ConfigDict,
+    made: Program,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    *,
+    start_step: int,
+    steps: int,
+    **options: Any,
+) -> Loader | Alternating:
+    """Training batches of a stage, each of one kind of media; `options` are those of `loader`."""
+    options |= dict(modalities=made.modalities)
+    groups = by_media(sources, weights)
+    if len(groups) == 1:
+        options |= dict(weights=weights, start_step=start_step, steps=steps)
+        return loader(config, made.stage, sources, **options)
+
+    def one(number: int, start: int, steps: int) -> Loader:
+        _, of, its = groups[number]
+        return loader(config, made.stage, of, **options, weights=its, start_step=start, steps=steps)
+
+    shares = [sum(its) for _, _, its in groups]
+    return Alternating(one, shares, start_step=start_step, steps=steps)
+
+
 def loader(
     config: ml_collections.ConfigDict, stage: Stage, sources: Sequence[Source], **options: Any
 ) -> Loader:
@@ -155,6 +220,14 @@ def evaluators(
             on_batch()
             yield teach(batch) if taught else batch
 
+    def texts(examples: int, *, of: str = "held_out", kind: str = "video"):
+        every = (
+            source[i]
+            for source in dict(held_out=held_out, train=train)[of]
+            for i in range(len(source))
+        )
+        return [captions.all_texts(example, kind) for example in itertools.islice(every, examples)]
+
     jitted = lambda function: None if function is None else jax.jit(function)
     given = Given(
         batches=batches,
@@ -165,10 +238,14 @@ def evaluators(
         predict=jitted(made.predict),
         classes=next((source.classes for source in train if source.classes), ()),
         workdir=folder,
+        towers=made.towers,
+        texts=texts if made.towers else None,
     )
     ready = {}
     for name, options in config.evals.items():
         options = options.to_dict()
+        if made.stage.name not in (options.pop("stages", None) or config.stage_order):
+            continue
         if Duration.parse(options.pop("every")).amount or not only_due:
             ready[name] = EVALUATORS.get(name)(given, **options)
     return ready
@@ -199,7 +276,7 @@ def eval_batches(
     wanted = min(examples, sum(map(len, sources))) * each
     rows = min(stage.batch_size, -(-wanted // unit) * unit)
     options = dict(batch_size=rows, rows=sharding.rows_of_process(mesh, rows), train=False)
-    options |= dict(clips=clips, crops=crops)
+    options |= dict(clips=clips, crops=crops, modalities=made.modalities)
     steps = -(-examples * each // rows)
     with loader(config, stage, sources, **options, steps=steps, ledger=ledger) as batches:
         for host, info in batches:

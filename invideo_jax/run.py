@@ -138,6 +138,8 @@ class Run:
             f"source{number}": {"fingerprint": source.fingerprint(), "weight": weight}
             for number, (source, weight) in enumerate(zip(self.sources, self.weights))
         }
+        self.tokenizers = build.tokenizers(config, self.programs)
+        self.data |= {f"tokenizer/{k}": {"digest": t.digest} for k, t in self.tokenizers.items()}
 
     def say(self, text: str) -> None:
         """Prints on the first process."""
@@ -294,6 +296,8 @@ class Run:
             "parameters.txt": metrics.parameter_table(sharding.unbox(boxed)),
         }.items():
             metrics.replace_file(self.folder / name, text.encode())
+        for name, tokenizer in self.tokenizers.items():
+            tokenizer.save(build.tokenizer_folder(self.folder, name))
 
     def _introduce(self) -> None:
         """Says what runs on what."""

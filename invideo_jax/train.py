@@ -131,11 +131,11 @@ class Trainer(Run):
         stage, keep = program.stage, self.config.checkpoint
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         train_step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(shardings, None))
-        batches = build.loader(
+        batches = build.train_loader(
             self.config,
-            stage,
+            program,
             self.sources,
-            weights=self.weights,
+            self.weights,
             batch_size=stage.batch_size,
             rows=sharding.rows_of_process(self.mesh, stage.batch_size),
             start_step=self.step - stage.first,

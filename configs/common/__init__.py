@@ -2,8 +2,9 @@
 
 import ml_collections
 
-from configs.common.aligned import aligned_stage, smoke_teachers
+from configs.common.aligned import aligned_stage, smoke_teacher
 from configs.common.classify import classify_stage, evaluation, smoke_stage
+from configs.common.contrastive import contrastive_stage, smoke_contrastive, two_towers
 from configs.common.fusion import smoke_fusion
 from configs.common.latent import latent_stage, smoke_latent
 from configs.common.masked import masked_stage
@@ -14,11 +15,14 @@ __all__ = [
     "base",
     "classifier",
     "classify_stage",
+    "contrastive",
+    "contrastive_stage",
     "latent",
     "latent_stage",
     "masked_stage",
     "parse_arg",
     "smoke",
+    "two_towers",
 ]
 
 
@@ -157,6 +161,25 @@ def classifier(encoder: str) -> ml_collections.ConfigDict:
     return c
 
 
+def contrastive(stage: ml_collections.ConfigDict | None = None) -> ml_collections.ConfigDict:
+    """A run of one contrastive stage, with InternVideo2's encoder.
+
+    Args:
+        stage: InternVideo2's second stage by default.
+    """
+    c = base()
+    c.model.name = "internvideo2"
+    c.model.size = "1B"
+    c.model.layer_scale = 1e-5
+    del c.stages.masked
+    c.stages.contrastive = stage or contrastive_stage()
+    c.stage_order = ("contrastive",)
+    c.evals = ml_collections.ConfigDict(dict(retrieval=dict(every="10%", examples=1000)))
+    c.checkpoint.best = "retrieval/text_video_r1"
+    c.checkpoint.best_mode = "max"
+    return c
+
+
 def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks every size of a recipe, and keeps its shape: a run of seconds on a CPU.
 
@@ -174,14 +197,17 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         stage.schedule.warmup = "20%"
         stage.optimizer.scale_by_batch = 0
         stage.optimizer.learning_rate = 1e-3
-        if "teachers" in stage:
-            smoke_teachers(stage.teachers)
+        for teacher in ("clip", "mae") if "teachers" in stage else ():
+            if teacher in stage.teachers:
+                smoke_teacher(stage.teachers[teacher])
         if "head" in stage:
             smoke_stage(stage)
         if "predictor" in stage:
             smoke_latent(stage)
         if "fusion" in stage:
             smoke_fusion(stage)
+        if "text_tower" in stage:
+            smoke_contrastive(stage)
     c.data.train = c.data.train or "synthetic:data/synthetic"
     c.checkpoint.every = "10 steps"
     for name in c.evals:

@@ -70,12 +70,11 @@ def aligned_stage() -> ml_collections.ConfigDict:
     return stage
 
 
-def smoke_teachers(teachers: ml_collections.ConfigDict) -> None:
-    """Small teachers with random weights."""
-    for teacher in (teachers.clip, teachers.mae):
-        teacher.size = "Micro"
-        teacher.source = "random:0"
-        teacher.layers = 2
-        teacher.interval = 1.0
-        teacher.image_size = 0
-        teacher.old_frames = 0
+def smoke_teacher(teacher: ml_collections.ConfigDict) -> None:
+    """A small teacher with random weights."""
+    teacher.size = "Micro"
+    teacher.source = "random:0"
+    teacher.layers = 2
+    teacher.interval = 1.0
+    teacher.image_size = 0
+    teacher.old_frames = 0

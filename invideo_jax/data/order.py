@@ -135,6 +135,16 @@ def pick(position: int, parts: Sequence[int]) -> tuple[int, int]:
     raise AssertionError("unreachable: the last source takes what is left")
 
 
+def dealt(positions: int, parts: Sequence[int]) -> list[int]:
+    """How many of the first `positions` positions each source has; see `pick`."""
+    counts, left, rest = [], positions, sum(parts)
+    for part in parts:
+        after = left * (rest - part) // rest
+        counts.append(left - after)
+        left, rest = after, rest - part
+    return counts
+
+
 def _source_seed(seed: int, stage: str, source: int) -> int:
     data = f"{seed}/{stage_number(stage)}/{source}".encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little")

@@ -22,13 +22,15 @@ import numpy as np
 from invideo_jax.data.bad import BadLedger, NoReplacement, stand_ins
 from invideo_jax.data.decode import BadVideo, Limits
 from invideo_jax.data.hanging import GivenUp, Patience, call
+from invideo_jax.data.images import load_image
+from invideo_jax.data.modalities import Modalities
 from invideo_jax.data.order import InTurn, Order, Place, Repeated, stage_number
 from invideo_jax.data.rows import LocalRows, WorkerDied, check_shared_memory, dataset, explain
 from invideo_jax.data.sources.base import Example, Source, SourceError
 from invideo_jax.data.transforms import ClipInfo, ClipSpec, load_clip
 from invideo_jax.data.workers import Board, Busy, hang_report, kill
 
-__all__ = ["Batch", "DataStalled", "LoadExample", "Loader", "WorkerDied"]
+__all__ = ["Batch", "DataStalled", "LoadExample", "Loader", "WorkerDied", "one_media"]
 
 MAX_POSITIONS = 2**32  # positions travel to the device as uint32
 _READY = 2  # batches held ready
@@ -64,9 +66,10 @@ class LoadExample:
     hanging: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
     given_up: Callable[[tuple[int, int]], bool] | None = None
     read_seconds: float = 60.0
+    modalities: Modalities | None = None
 
     def __call__(self, position: int) -> dict[str, Any]:
-        """One row: `video` uint8 [T, S, S, 3] or None, `position`, `label`, `valid`, `info` (see `Loader`).
+        """One row: `video` uint8 [T, S, S, 3] or None, `position`, `label`, `valid`, `info`, `more` (see `Loader`).
 
         Raises:
             NoReplacement: the example and all its stand-ins are bad.
@@ -74,7 +77,7 @@ class LoadExample:
         place = self.order[position]
         if place is None:
             nothing = {"id": "", "want": "", "source": "", "path": ""}
-            return self._row(position, None, None, nothing, [])
+            return self._row(position, None, {}, None, nothing, [])
         source, failed, want = self.sources[place.source], [], None
         for record in self._candidates(place):
             name = source.identify(record)
@@ -89,12 +92,14 @@ class LoadExample:
                         "want": want or example["id"],
                         "path": example["path"],
                     }
-                    video, made = self._wait(
+                    video, made, more = self._wait(
                         partial(self._decode, example, position), which, example["path"]
                     )
-                info |= {"truncated": made.truncated, "fallback": made.fallback}
-                info["padded"] = made.padded
-                return self._row(position, video, example, info, failed)
+                if made is not None:
+                    info |= {"truncated": made.truncated, "fallback": made.fallback}
+                    info["padded"] = made.padded
+                more |= {"example": self._number(place.source, record)} if more else {}
+                return self._row(position, video, more, example, info, failed)
             except BadVideo as bad:
                 if bad.reason == "hanging":  # the same whether the example was tried or not
                     info |= {"id": name, "want": want or name}
@@ -109,7 +114,7 @@ class LoadExample:
                 )
                 want = info["want"]
         if not self.replace:
-            return self._row(position, None, None, info, failed)
+            return self._row(position, None, {}, None, info, failed)
         tried = "\n".join(f"  {f['path']}: {f['reason']} ({f['detail']})" for f in failed[:10])
         raise NoReplacement(
             f"A bad video must find a good one in its place; all {len(failed)} tried of the {len(source)} "
@@ -137,23 +142,34 @@ class LoadExample:
                     raise RuntimeError("The loader was closed.") from None
         raise BadVideo("hanging", self.hanging[which], hang_detail(self.read_seconds))
 
-    def _decode(self, example: Example, position: int) -> tuple[np.ndarray, ClipInfo]:
-        rng = np.random.default_rng([self.seed, stage_number(self.stage), position])
-        return load_clip(
-            example["video"],
-            self.clip.of(position),
-            rng,
-            start=example["start"],
-            end=example["end"],
-            flip_ok=example["flip"],
-            limits=self.limits,
-        )
+    def _decode(
+        self, example: Example, position: int
+    ) -> tuple[np.ndarray, ClipInfo | None, dict[str, Any]]:
+        """Pictures, how they were made (None: there are none, of a sound), and further entries of the row."""
+        seeds = self.seed, stage_number(self.stage), position
+        rng, spec = np.random.default_rng(seeds), self.clip.of(position)
+        known = dict(flip_ok=example["flip"], limits=self.limits)
+        if example["media"] == "image":
+            video, made = load_image(example["video"], spec, rng, **known)
+        elif example["media"] == "audio":
+            video, made = np.zeros((1, spec.size, spec.size, 3), np.uint8), None
+        else:
+            known |= dict(start=example["start"], end=example["end"])
+            video, made = load_clip(example["video"], spec, rng, **known)
+        if self.modalities is None:
+            return video, made, {}
+        more = self.modalities.load(example, made, seeds, train=self.replace, limits=self.limits)
+        return video, made, more
+
+    def _number(self, source: int, record: int) -> int:
+        """The example's number over all sources."""
+        return sum(len(s) for s in self.sources[:source]) + record
 
     def _busy(self, name: str, source: int, record: int):
         idle = nullcontext(lambda path: None)
         return self.board.busy(name, source, record) if self.board else idle
 
-    def _row(self, position, video, example, info, failed) -> dict[str, Any]:
+    def _row(self, position, video, more, example, info, failed) -> dict[str, Any]:
         untouched = {"truncated": False, "fallback": False, "padded": 0}
         info = untouched | info | {"bad": failed[0]["reason"] if failed else None, "failed": failed}
         return {
@@ -161,6 +177,7 @@ class LoadExample:
             "position": position,
             "label": example["label"] if example else -1,
             "valid": video is not None,
+            "more": more,
             "info": info,
         }
 
@@ -178,6 +195,7 @@ class Loader:
         position  uint32 [R]: place in the stage's order
         label     int32 [R], -1 unknown
         valid     bool [R]: False where an evaluation has no clip (behind the end, or a bad file); video is 0 there
+        and with `modalities` what `data.modalities` lists. T is 1 where all sources are of pictures or sounds.
     info, a dict for each row:
         id, source, path: what the clip is of; want: the id first asked for; bad: why that one was replaced, or None;
         failed: path, id, reason and detail of all that could not be loaded on the way;
@@ -198,6 +216,7 @@ class Loader:
         threads: loading threads in each worker (or here).
         limits: what one video may cost.
         ledger: told of every batch when it is handed out.
+        modalities: what is loaded besides pictures; None for nothing.
         read_seconds: longest wait for one example, after which it is bad (see `data.hanging`).
         hang_seconds: longest wait for a batch.
 
@@ -228,6 +247,7 @@ class Loader:
         ledger: BadLedger | None = None,
         read_seconds: float = 60.0,
         hang_seconds: float = 600.0,
+        modalities: Modalities | None = None,
     ):
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         _check_numbers(
@@ -238,6 +258,8 @@ class Loader:
             threads=(threads, 0),
         )
         _check_rows(self.rows, batch_size)
+        if one_media(sources) != "video":
+            clip = dataclasses.replace(clip, frames=1)
         weights = [1.0] * len(sources) if weights is None else list(weights)
         lengths = [len(source) for source in sources]
         order = Order(lengths, weights, seed=seed, stage=stage) if train else InTurn(lengths)
@@ -265,6 +287,7 @@ class Loader:
             stage=stage,
             replace=train,
             read_seconds=read_seconds,
+            modalities=modalities,
         )
         self._ready: queue.Queue = queue.Queue(maxsize=_READY)
         self._stop, self._killed, self._gone = (threading.Event() for _ in range(3))
@@ -421,6 +444,7 @@ class Loader:
             "label": np.full(count, -1, np.int32),
             "valid": np.zeros(count, bool),
         }
+        arrays |= self.load.modalities.blank(count) if self.load.modalities else {}
         info = []
         for number in range(count):
             if self._stop.is_set():
@@ -430,6 +454,8 @@ class Loader:
                 arrays[name][number] = row[name]
             if row["valid"]:
                 arrays["video"][number] = row["video"]
+            for name, value in row["more"].items():
+                arrays[name][number] = value
             info.append(row["info"])
         return arrays, info
 
@@ -440,6 +466,22 @@ class Loader:
                 return
             except queue.Full:
                 continue
+
+
+def one_media(sources: Sequence[Source]) -> str:
+    """What all sources are of: 'video', 'image' or 'audio'.
+
+    Raises:
+        SourceError: they are not of one kind.
+    """
+    kinds = {source.media: source.name for source in sources}
+    if len(kinds) > 1:
+        named = ", ".join(f"{name} of {kind}" for kind, name in kinds.items())
+        raise SourceError(
+            f"A batch must be of videos, of pictures or of sounds; got {named}. Give them as parts of a "
+            "mixture: each batch is of one kind then."
+        )
+    return next(iter(kinds), "video")
 
 
 def _known_hanging(

@@ -20,7 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from invideo_jax.data.text_files import NAMES, SETTINGS, Backend, find_files, load, read_config
+from invideo_jax.data.text_files import (
+    BYTES,
+    NAMES,
+    SETTINGS,
+    Backend,
+    find_files,
+    load,
+    read_config,
+)
 from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
@@ -66,17 +74,19 @@ class Tokenizer:
     def __init__(self, files: Sequence[pathlib.Path], settings: _Settings):
         self.files = tuple(pathlib.Path(file).absolute() for file in files)
         self.settings = settings
+        self.pad, self.mask = settings.pad, settings.mask
+        self.first, self.last = settings.first, settings.last
         contents = [file.read_bytes() for file in self.files]
         self.digest = _digest(contents, settings)
         self.vocabulary = self._backend(contents).vocabulary
 
-    pad = property(lambda self: self.settings.pad)
-    first = property(lambda self: self.settings.first)
-    last = property(lambda self: self.settings.last)
-    mask = property(lambda self: self.settings.mask)
+    @property
+    def name(self) -> str:
+        """Its first file, for messages."""
+        return str(self.files[0]) if self.files else self.settings.kind
 
     def __repr__(self) -> str:
-        return f"Tokenizer({str(self.files[0])!r}, vocabulary={self.vocabulary}, digest={self.digest[:12]})"
+        return f"Tokenizer({self.name!r}, vocabulary={self.vocabulary}, digest={self.digest[:12]})"
 
     def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of texts.
@@ -136,6 +146,12 @@ class Tokenizer:
         """Each id as it stands in the vocabulary."""
         return self._backend().pieces(ids)
 
+    def unknown_share(self, encoded: Sequence[Sequence[int]]) -> float:
+        """The share of ids that stand for something the vocabulary doesn't know."""
+        unknown = self._backend().unknown
+        ids = [i for row in encoded for i in row]
+        return sum(i == unknown for i in ids) / max(len(ids), 1)
+
     def save(self, folder: str | os.PathLike) -> None:
         """Copies the files and the settings into a folder that `open_tokenizer` reads."""
         folder = pathlib.Path(folder)
@@ -160,7 +176,7 @@ class Tokenizer:
         contents = [file.read_bytes() for file in self.files]
         if _digest(contents, self.settings) != self.digest:
             raise UserError(
-                f"The files of a tokenizer must stay as they are during a run; {self.files[0]} changed."
+                f"The files of a tokenizer must stay as they are during a run; {self.name} changed."
             )
         return contents
 
@@ -170,7 +186,7 @@ class Tokenizer:
             with _LOCK:
                 found = _LOADED.get(self.digest)
                 if found is None:
-                    settings, where = self.settings, str(self.files[0])
+                    settings, where = self.settings, self.name
                     contents = contents or self._contents()
                     found = load(settings.kind, contents, settings.lowercase, where)
                     _LOADED[self.digest] = found
@@ -182,7 +198,7 @@ def open_tokenizer(spec: str | os.PathLike, options: Mapping[str, Any] | None = 
 
     Args:
         spec: a file: x.model (SentencePiece), tokenizer.json, vocab.txt (WordPiece), vocab.json with merges.txt beside it,
-            CLIP's bpe_simple_vocab_16e6.txt.gz; or a folder with one of them, as published or as `Tokenizer.save` left it.
+            CLIP's bpe_simple_vocab_16e6.txt.gz; 'bytes', which needs no file; or a folder with one of them, as published or as `Tokenizer.save` left it.
         options: what the files don't say or say otherwise than wanted: `first`, `last`, `pad`, `mask`: the token that
             stands for it, by name, None for none; `prefix`: written before every text ('summarize:'); `lowercase` (of
             vocab.txt).
@@ -205,7 +221,7 @@ def open_tokenizer(spec: str | os.PathLike, options: Mapping[str, Any] | None = 
         prefix = settings.prefix
     else:
         kind, files = find_files(spec)
-        config = {} if kind == "sentencepiece" else read_config(files[0].parent)
+        config = {} if kind in ("sentencepiece", BYTES) else read_config(files[0].parent)
         cased = options.get("lowercase", config.get("do_lower_case"))
         settings = _Settings(kind, lowercase=cased if kind == "wordpiece" else None)
         backend = _fresh_backend(files, settings)
@@ -235,7 +251,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, unused: int = 0) -> 
     if tokenizer.vocabulary + unused != vocabulary:
         spare = f" and unused={unused}" if unused else ""
         raise UserError(
-            f"The vocabulary of a tokenizer must be that of the text encoder's weights; {tokenizer.files[0]} has "
+            f"The vocabulary of a tokenizer must be that of the text encoder's weights; {tokenizer.name} has "
             f"{tokenizer.vocabulary} tokens{spare}, the table of the weights {vocabulary} rows. Use the tokenizer that "
             f"the weights were trained with, or a text encoder with vocabulary={tokenizer.vocabulary + unused}."
         )
@@ -243,7 +259,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, unused: int = 0) -> 
 
 def _fresh_backend(files: Sequence[pathlib.Path], settings: _Settings) -> Backend:
     contents = [file.read_bytes() for file in files]
-    return load(settings.kind, contents, settings.lowercase, str(files[0]))
+    where = str(files[0]) if files else settings.kind
+    return load(settings.kind, contents, settings.lowercase, where)
 
 
 def _read_saved(path: pathlib.Path) -> tuple[list[pathlib.Path], _Settings]:

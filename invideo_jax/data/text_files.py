@@ -21,10 +21,14 @@ NAMES = {
 }
 
 
+BYTES = "bytes"  # kind and spec of the tokenizer that needs no file
+
+
 class Backend(Protocol):
     """A vocabulary as its library reads it. Texts hold no lone surrogates; ids carry no special tokens."""
 
     vocabulary: int
+    unknown: int | None  # stands for what it doesn't know
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -34,15 +38,48 @@ class Backend(Protocol):
     def names(self) -> list[str]: ...
 
 
+class Bytes:
+    """UTF-8 bytes behind four special tokens: no file, every script, texts of many tokens."""
+
+    vocabulary = 260
+    _SPECIALS = {"pad": 0, "first": 1, "last": 2, "mask": 3}
+
+    def encode(self, text: str) -> list[int]:
+        """Byte b is the id b + 4."""
+        return [byte + 4 for byte in text.encode()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(i - 4 for i in ids if i >= 4).decode(errors="replace")
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Two hex digits, or the name of a special token."""
+        return [self.names()[i] for i in ids]
+
+    def find(self, piece: str) -> int | None:
+        """The id of a piece."""
+        return self.names().index(piece) if piece in self.names() else None
+
+    def specials(self) -> dict[str, int | None]:
+        """Ids by role."""
+        return dict(self._SPECIALS)
+
+    def names(self) -> list[str]:
+        """All pieces."""
+        return [f"<{name}>" for name in self._SPECIALS] + [f"{byte:02x}" for byte in range(256)]
+
+
 def find_files(spec: str) -> tuple[str, list[pathlib.Path]]:
     """What a spec is, and the files it consists of, the one with the vocabulary first.
 
     Returns:
-        (kind, files): kind is 'sentencepiece', 'json', 'wordpiece', 'bpe' or 'clip'.
+        (kind, files): kind is 'sentencepiece', 'json', 'wordpiece', 'bpe', 'clip', or 'bytes' without files.
 
     Raises:
         UserError: nothing there, or no file of a known kind.
     """
+    if spec == BYTES:
+        return BYTES, []
     path = pathlib.Path(spec)
     if not spec or not path.exists():
         near = [p.name for p in path.parent.iterdir()] if spec and path.parent.is_dir() else []
@@ -124,6 +161,8 @@ def load(kind: str, contents: Sequence[bytes], lowercase: bool | None, where: st
         UserError: not what its name says, or a library that isn't installed.
     """
     try:
+        if kind == BYTES:
+            return Bytes()
         if kind == "sentencepiece":
             return SentencePieces(contents[0])
         return Library(kind, contents, lowercase)
@@ -150,7 +189,7 @@ class SentencePieces:
         if not model:
             raise ValueError("it is empty")
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocabulary = self._model.get_piece_size()
+        self.vocabulary, self.unknown = self._model.get_piece_size(), self._model.unk_id()
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -187,8 +226,8 @@ class Library:
         self._model.encode_special_tokens = True  # a caption '[MASK]' is no masked word
         self._known = self._model.get_vocab(with_added_tokens=True)
         self.vocabulary = max(self._known.values()) + 1
-        suffix = getattr(self._model.model, "end_of_word_suffix", None)
-        self._suffix = suffix or ""
+        self.unknown = self.find(getattr(self._model.model, "unk_token", None) or "")
+        self._suffix = getattr(self._model.model, "end_of_word_suffix", None) or ""
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids

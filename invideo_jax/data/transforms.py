@@ -224,15 +224,7 @@ def load_clip(
 
         clip = reader.frames(indices, view=view)
         fallback, truncated = reader.fallbacks > 0, reader.truncated
-    flipped = (
-        bool(rng.random() < spec.flip) and flip_ok
-    )  # drawn in any case: the later draws stay the same
-    if flipped:
-        mirror(clip)
-    if spec.randaugment:
-        clip = augment.rand_augment(clip, augment.parse_policy(spec.randaugment), rng)
-    if spec.erase:
-        clip = augment.random_erase(clip, spec.erase, rng)
+    clip, flipped = augmented(clip, spec, rng, flip_ok=flip_ok)
     return clip, ClipInfo(
         indices=tuple(int(i) for i in indices),
         times=tuple(float(times[i]) for i in indices),
@@ -242,6 +234,21 @@ def load_clip(
         fallback=fallback,
         truncated=truncated,
     )
+
+
+def augmented(
+    clip: np.ndarray, spec: ClipSpec, rng: np.random.Generator, *, flip_ok: bool
+) -> tuple[np.ndarray, bool]:
+    """What is done to the pixels of a clip once they are cut: mirrored, changed, erased; and whether mirrored."""
+    drawn = rng.random() < spec.flip  # in any case: the later draws stay the same
+    flipped = bool(drawn) and flip_ok
+    if flipped:
+        mirror(clip)
+    if spec.randaugment:
+        clip = augment.rand_augment(clip, augment.parse_policy(spec.randaugment), rng)
+    if spec.erase:
+        clip = augment.random_erase(clip, spec.erase, rng)
+    return clip, flipped
 
 
 def mirror(clip: np.ndarray) -> None:

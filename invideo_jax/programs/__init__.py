@@ -27,6 +27,8 @@ PROGRAMS = {
     "masked/pixels": "invideo_jax.programs.masked",
     "classify/fused": "invideo_jax.programs.fusion",
     "classify/labels": "invideo_jax.programs.classify",
+    "contrastive/fused": "invideo_jax.programs.contrastive",
+    "contrastive/towers": "invideo_jax.programs.contrastive",
 }
 
 

@@ -33,6 +33,8 @@ def frozen_models(
     stage, found = config.stages[stage_name], {}
     stride = stage.teachers.stride
     for name in ("clip", "mae"):
+        if name not in stage.teachers:
+            continue
         options = stage.teachers[name].to_dict()
         kind, size = options.pop("name"), options.pop("size")
         if not kind:

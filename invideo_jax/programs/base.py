@@ -14,11 +14,13 @@ import ml_collections
 import numpy as np
 
 from invideo_jax import optim, state
+from invideo_jax.data.modalities import Modalities
 from invideo_jax.errors import UserError
 from invideo_jax.feature_store import Reader
 from invideo_jax.registry import Registry
 from invideo_jax.scale import flops
 from invideo_jax.stages import Stage
+from invideo_jax.towers import Towers
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -133,6 +135,8 @@ class Program:
         predict: (params, batch) -> logits [B, classes] in float32, of classifiers; else None.
         teacher: what adds to each batch first; None for none.
         kept: what stands in for a teacher, from disk; None for none.
+        modalities: what the batches hold besides pictures; None for nothing.
+        towers: of models of several modalities; else None.
         pool_trained: whether the loss trains the encoder's pool; where not, `encode` gives the mean of the
             patch tokens.
     """
@@ -154,6 +158,8 @@ class Program:
     predict: Callable[[PyTree, Any], jax.Array] | None = None
     teacher: Teacher | None = None
     kept: Kept | None = None
+    modalities: Modalities | None = None
+    towers: Towers | None = None
     pool_trained: bool = True
 
     def encode(self, params: PyTree, batch: Batch) -> jax.Array:
@@ -198,12 +204,13 @@ class Program:
         rows, seen = self.stage.batch_size, self.encoder
         frames = self.frames or seen.frames
         video = (rows, frames, seen.image_size, seen.image_size, seen.channels)
+        more = self.modalities.shapes.items() if self.modalities else ()
         return {
             "video": jax.ShapeDtypeStruct(video, jnp.uint8),
             "position": jax.ShapeDtypeStruct((rows,), jnp.uint32),
             "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
             "valid": jax.ShapeDtypeStruct((rows,), jnp.bool_),
-        }
+        } | {name: jax.ShapeDtypeStruct((rows, *shape), kind) for name, (shape, kind) in more}
 
 
 def compute_dtype(name: str) -> jnp.dtype:

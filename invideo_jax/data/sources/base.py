@@ -65,11 +65,13 @@ class Source(abc.ABC):
 
     Attributes:
         name: as given by the user, for messages.
+        media: what all its files hold: 'video', 'image' or 'audio'.
         classes: class names by number; () where labels are plain numbers or absent.
         notes: what was left out while opening, and why: one line each for the start-up log.
     """
 
     name: str
+    media: str = "video"
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -41,6 +41,7 @@ class ManifestSource(Source):
 
     def __init__(self, name: str, rows: Sequence[Row], roots: Roots, classes: tuple[str, ...]):
         self.name, self.classes, self._roots = name, classes, roots
+        self.media = _one_media(name, rows)
         coded = [json.dumps(row, separators=(",", ":")).encode() for row in rows]
         self._offsets = np.cumsum([0, *map(len, coded)], dtype=np.int64)
         self._block = b"".join(coded)
@@ -158,6 +159,18 @@ def open_source(
     )
     source.notes = tuple(notes)
     return source
+
+
+def _one_media(name: str, rows: Sequence[Row]) -> str:
+    """What the files of all rows hold, by their names; of those without a known ending a video."""
+    lines = {media_of(row["path"]) or "video": row["path"] for row in rows}
+    if len(lines) > 1:
+        named = ", ".join(f"{media} ({path})" for media, path in sorted(lines.items()))
+        raise SourceError(
+            f"All files of a list must be of one kind; {name} has {named}. Make a list of each, and join them: "
+            "'videos.csv,0.5;images.csv,0.5'."
+        )
+    return next(iter(lines), "video")
 
 
 def open_synthetic(folder: str, **options: Any) -> ManifestSource:
