@@ -35,6 +35,8 @@ def clip_spec(
 ) -> ClipSpec:
     """How a clip is cut from a video; evaluation takes the middle, in time and space, unflipped.
 
+    A stage whose crop is 'resize', the whole picture, keeps it in evaluation.
+
     Args:
         clips: of each video of an evaluation, spread over it.
         crops: of each of them: 1, or 3 along the long side.
@@ -42,7 +44,8 @@ def clip_spec(
     clip = config.stages[stage_name].clip
     if crops not in (1, 3):
         raise UserError(f"crops must be 1 or 3 of each clip; got crops={crops}.")
-    where = {1: "center", 3: "three_crop"}[crops]
+    whole = "resize" if clip.crop == "resize" else "center"
+    where = {1: whole, 3: "three_crop"}[crops]
     fixed = dict(crop=where, flip=0.0, randaugment="", erase=0.0, views=clips)
     fixed = {} if train else fixed | dict(repeats=clips * crops)
     if not train and clip.sampling == "rand":

@@ -1,7 +1,8 @@
 """Runs the evaluators of a trained workdir once: `python -m invideo_jax.evaluate --workdir=DIR`.
 
 Any value of the run's config can be set for the evaluation, the held-out videos among them:
-`--config.data.eval=FOLDER --config.evals.reconstruction.examples=1000`.
+`--config.data.eval=FOLDER --config.evals.reconstruction.examples=1000`. The protocol of a published benchmark sets
+them all: `--config=configs/benchmarks/msrvtt_1k.py:FOLDER`.
 """
 
 import functools
@@ -17,6 +18,7 @@ from invideo_jax import (
     command_line,
     metrics,
     programs,
+    protocols,
     run,
     runtime,
     sharding,
@@ -38,12 +40,17 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--workdir must be the folder of a run; there is no {folder}.")
         params, meta, which = _parameters(folder, arguments.step, arguments.weights)
         config = config_lib.from_saved(meta["config"])
+        training, out = True, f"evaluation_{meta['step']:08d}"
+        if arguments.config:
+            recipe = config_lib.load(arguments.config)
+            training = protocols.apply(config, meta["stage"], recipe.config)
+            out += f"_{pathlib.Path(arguments.config.partition(':')[0]).stem}"
         for override in overrides:
             config_lib.apply_override(config, override)
         checks.check(config)
         with command_line.errors_for_people(ValueError):
-            results = evaluate(config, params, meta, folder)
-    file = folder / f"evaluation_{meta['step']:08d}.json"
+            results = evaluate(config, params, meta, folder / out, training=training)
+    file = folder / f"{out}.json"
     metrics.replace_file(file, json.dumps(results, indent=1).encode())
     print(f"step {meta['step']} of {folder} ({which}):")
     for name, value in results.items():
@@ -52,34 +59,38 @@ def main(argv: list[str] | None = None) -> int:
     return runtime.FINISHED
 
 
-def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, float]:
+def evaluate(
+    config, params, meta: dict, folder: pathlib.Path, *, training: bool = True
+) -> dict[str, float]:
     """'<evaluator>/<value>' -> number, for every evaluator of the config.
 
     Args:
         config: checked.
         params: nested dictionaries of NumPy arrays.
         meta: of the checkpoint they come from.
-        folder: the workdir; pictures and the list of bad videos go to a folder of their own in it.
+        folder: where pictures and the list of bad videos go.
+        training: whether the training videos are opened; without them classes are those of `data.eval`.
     """
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     stages = {s.name: s for s in run.place_stages(config, meta["epoch_examples"])}
-    program = programs.program(config, stages[meta["stage"]])
-    train_sources = _train_sources(config)
+    stage = stages[meta["stage"]]
+    program = programs.program(config, stage)
+    train_sources = _train_sources(config) if training else []
     sources = build.held_out_sources(config, train_sources)
     if not sources:
         print("note: no video is held out (data.eval): evaluating on training videos")
         sources = train_sources
-    boxed = jax.eval_shape(program.init_params)
-    params = jax.device_put(params, sharding.param_shardings(boxed, mesh))
-    pictures = folder / f"evaluation_{meta['step']:08d}"
-    ledger = BadLedger(pictures / "bad_examples.jsonl", max_share=1.0)
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
+        print(f"note: {note}")
+    params = protocols.fit(params, program, _as_trained(config, meta, program), mesh)
+    ledger = BadLedger(folder / "bad_examples.jsonl", max_share=1.0)
     ready = build.evaluators(
         config,
         program,
         mesh=mesh,
-        train=train_sources,
+        train=train_sources if training else sources,
         held_out=sources,
-        folder=pictures,
+        folder=folder,
         teach=_teach(program, mesh, meta["teacher"]),
         ledger=ledger,
         only_due=False,
@@ -90,6 +101,13 @@ def evaluate(config, params, meta: dict, folder: pathlib.Path) -> dict[str, floa
             for name, evaluator in ready.items()
             for key, value in evaluator.run(params, meta["step"])
         }
+
+
+def _as_trained(config, meta: dict, program: programs.Program) -> programs.Program:
+    """The program that the parameters come from: the same, but where clips are of another size now."""
+    saved, name = config_lib.from_saved(meta["config"]), meta["stage"]
+    shape = lambda c: (c.stages[name].clip.frames, c.stages[name].clip.size)
+    return program if shape(saved) == shape(config) else programs.program(saved, program.stage)
 
 
 def _train_sources(config):
@@ -137,6 +155,11 @@ def _arguments(argv):
         prog="python -m invideo_jax.evaluate", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run")
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARGUMENT]",
+        help="a protocol, as configs/benchmarks/msrvtt_1k.py:FOLDER; the run's own evaluators by default",
+    )
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument(
         "--weights",

@@ -10,10 +10,10 @@ PACKAGE = REPOSITORY / "invideo_jax"
 
 # What stands in a row may import rows below it, and within its own row; nothing above.
 LAYERS = (
-    ("train", "evaluate", "features", "search", "teacher_cache"),
+    ("train", "evaluate", "features", "search", "teacher_cache", "tokenizer"),
     ("run",),
     ("checks",),
-    ("build", "teaching", "stage_start"),
+    ("build", "teaching", "stage_start", "protocols"),
     ("programs",),
     ("report",),
     ("evals",),
