@@ -133,12 +133,26 @@ class VideoClip(nn.Module):
         """Raises UserError where attributes do not fit together; builds nothing."""
         (self.vision if hasattr(self.vision, "check") else self.vision.encoder).check()
         self.text.check()
+        shared = _shared_width(self.vision), self.text.output_width or self.text.width
+        if shared[0] != shared[1]:
+            raise UserError(
+                "Both towers must end in one space; got {} channels of videos, {} of texts. Set the text "
+                "tower's output_width.".format(*shared)
+            )
         low, high = self.temperature_range
         if not 0 < low <= self.initial_temperature <= high:
             raise UserError(
                 "The temperature must start within its range, which begins above 0; got "
                 f"initial_temperature={self.initial_temperature}, range={low} .. {high}."
             )
+
+
+def _shared_width(vision: nn.Module) -> int:
+    """Channels of what the vision tower ends in."""
+    if isinstance(vision, ProjectedEncoder):
+        return vision.width
+    encoder = getattr(vision.encoder, "backbone", vision.encoder)
+    return getattr(encoder, "pool_width", 0) or getattr(encoder, "embed", 0) or encoder.width
 
 
 class ClipHead(nn.Module):
