@@ -27,6 +27,7 @@ CORE = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    "text": ["tokenizers>=0.22,<0.24"],
     "parquet": ["pyarrow>=18,<30"],
     "tensorboard": ["tensorboardX>=2.6.4,<3"],
     "torch": [
@@ -41,6 +42,7 @@ EXTRAS = {
         "hypothesis>=6.130,<7",
         "ruff>=0.12,<1",
         "tensorboard>=2.19,<3",
+        "tokenizers>=0.22,<0.24",
         "pyarrow>=18,<30",
     ],
 }

@@ -110,7 +110,8 @@ def test_core_runs_without_tensorflow_and_torch():
         # torch_model is copied into exports, where it is PyTorch's; the package runs it only there.
         if f.stem not in ("__init__", "__main__", "torch_model")
     )
-    blocked = "tensorflow", "torch", "torchvision", "transformers", "tensorboardX", "matplotlib"
+    blocked = "tensorflow", "torch", "torchvision", "transformers", "tokenizers", "tensorboardX"
+    blocked += ("matplotlib",)
     program = (
         "import sys, importlib\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
