@@ -200,6 +200,52 @@ AUDIO_VIT: dict[str, AudioViTSize] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class BertSize:
+    """One row: D, blocks, heads K, MLP width F, number of the first fusion block."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    fusion_from: int
+
+
+# Source: BERT (arXiv:1810.04805), divided as in InternVideo2's stage 2. Micro and Mini are this project's own.
+BERT: dict[str, BertSize] = {
+    "Micro": BertSize(32, 3, 2, 64, 2),
+    "Mini": BertSize(128, 4, 4, 512, 2),
+    "B": BertSize(768, 12, 12, 3072, 9),
+    "L": BertSize(1024, 24, 16, 4096, 19),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextSize:
+    """One row: D, blocks, heads K, MLP width F, width P of the shared space."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    output_width: int
+
+
+# Source: CLIP (arXiv:2103.00020); MobileCLIP-B (arXiv:2311.17049) has B with another activation.
+CLIP_TEXT: dict[str, ClipTextSize] = {
+    "Micro": ClipTextSize(32, 2, 2, 64, 32),
+    "Mini": ClipTextSize(128, 4, 4, 512, 128),
+    "B": ClipTextSize(512, 12, 8, 2048, 512),
+    "L": ClipTextSize(768, 12, 12, 3072, 768),
+}
+
+# Source: LLaMA (arXiv:2302.13971), with the projection of InternVL-C.
+LLAMA: dict[str, ClipTextSize] = {
+    "Micro": ClipTextSize(32, 2, 2, 64, 32),
+    "7B": ClipTextSize(4096, 32, 32, 11008, 768),
+}
+
+
 def row(table: Mapping[str, Any], size: str) -> Any:
     """The row of a table called `size`.
 

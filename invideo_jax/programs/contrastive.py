@@ -12,9 +12,8 @@ from invideo_jax.data.audio import AudioSpec
 from invideo_jax.data.captions import CaptionRule
 from invideo_jax.data.modalities import Modalities, TextSpec
 from invideo_jax.errors import UserError
-from invideo_jax.models import alignment, audio_encoder, stage2, video_clip
+from invideo_jax.models import alignment, audio_encoder, stage2, text_towers, video_clip
 from invideo_jax.programs import aligned, base
-from invideo_jax.registry import Registry
 from invideo_jax.stages import Stage
 from invideo_jax.steps import contrastive, pair_losses
 from invideo_jax.steps.masked import draw_mask
@@ -22,15 +21,6 @@ from invideo_jax.steps.update import in_parts, named_averages
 
 Config = ml_collections.ConfigDict
 
-# stages.NAME.text_tower.name -> the function (size, **attributes) that builds it.
-TEXT_TOWERS = Registry(
-    "text tower",
-    {
-        "bert": "invideo_jax.models.text_encoder:build_bert",
-        "clip": "invideo_jax.models.text_encoder:build_clip",
-        "llama": "invideo_jax.models.llama:build",
-    },
-)
 VIEWS = ("video", "audio", "audio_video", "speech")
 
 
@@ -70,8 +60,8 @@ def model(
     )
     tower = stage.text_tower
     own = {name: value for name, value in tower.to_dict().items() if name not in ("name", "size")}
-    text = TEXT_TOWERS.get(tower.name)(
-        tower.size, vocabulary=stage.text.vocabulary, **own, **running
+    text = text_towers.build(
+        tower.name, tower.size, vocabulary=stage.text.vocabulary, **own, **running
     )
     if stage.objective == "towers":
         vision = _projected(encoder, shared)
