@@ -1,6 +1,6 @@
-"""Negatives for matching: for each example another one that is like it but not it.
+"""Which columns of a table of scores [B, B] may be the negatives of its rows, and how likely each is.
 
-One negative comes from each row of a table of scores [B, B]: rows are examples, columns candidates.
+`pairs.hard_negatives` draws from this, also where no device can hold the table.
 """
 
 import jax
@@ -37,43 +37,8 @@ def weights(
     return jnp.where(candidates(ids, valid), jax.nn.softmax(scores, axis=1) + floor, 0.0)
 
 
-def hard(
-    keys: jax.Array,
-    scores: jax.Array,
-    ids: jax.Array,
-    valid: jax.Array | None = None,
-    *,
-    floor: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
-    """One negative for each row, drawn with probability proportional to `weights`.
-
-    Drawn as the highest of log(weight) + Gumbel noise. Without a floor the scores stand for the
-    logarithm: weights that vanish in float32 still have their order, and no row runs dry.
-
-    Args:
-        keys: one random key for each row, [B].
-        scores, ids, valid, floor: as in `weights`.
-
-    Returns:
-        Columns, int32 [B]; and bool [B], False for a row that has no candidate.
-    """
-    scores = jax.lax.stop_gradient(scores)
-    score = jnp.log(weights(scores, ids, valid, floor=floor)) if floor else scores
-    return highest(score + _gumbel(keys, scores.shape[1]), candidates(ids, valid))
-
-
-def uniform(
-    keys: jax.Array, ids: jax.Array, valid: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """One candidate for each row, all equally likely; arguments and result as in `hard`."""
-    return highest(_gumbel(keys, len(ids)), candidates(ids, valid))
-
-
 def highest(score: jax.Array, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The allowed column of the highest `score` [B, B] in each row; result as in `hard`."""
+    """The allowed column of the highest `score` [B, B] in each row, int32 [B]; and whether there is one."""
     best = jnp.argmax(jnp.where(allowed, score, -jnp.inf), axis=1)
     return best.astype(jnp.int32), allowed.any(axis=1)
 
-
-def _gumbel(keys: jax.Array, size: int) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)

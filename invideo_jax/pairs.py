@@ -117,7 +117,7 @@ def hard_negatives(
     """
     _check("form", form, FORMS)
     a, b, valid, temperature = jax.lax.stop_gradient(_ready(a, b, valid, temperature))
-    words = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
+    words = jax.random.key_data(keys)[:, :2]
     if form == "dense":
         scores = _scores(a, b, temperature)
         if floor:
@@ -139,6 +139,7 @@ def take_rows(x: jax.Array, index: jax.Array, *, form: str = "dense") -> jax.Arr
         form: 'dense' or 'ring' ('chunked' is 'dense').
     """
     _check("form", form, FORMS)
+    x = jnp.asarray(x)
     if form != "ring":
         return constrain(x[index], "batch", *(None for _ in x.shape[1:]))
     split = ring.split_of(len(x))
@@ -165,7 +166,7 @@ def _checked(chunk: int) -> int:
 
 def _ready(a, b, valid, temperature):
     """Unit embeddings of one type (0 where not valid, whatever was there), valid, temperature."""
-    valid = jnp.asarray(valid).astype(bool)
+    a, b, valid = jnp.asarray(a), jnp.asarray(b), jnp.asarray(valid).astype(bool)
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     a, b = (losses.unit(jnp.where(valid[:, None], x, 0).astype(dtype)) for x in (a, b))
     return a, b, valid, jnp.asarray(temperature, dtype)
@@ -332,7 +333,7 @@ def gumbel(words: jax.Array, columns: jax.Array, dtype) -> jax.Array:
     """Gumbel noise of each row and column: a function of these two only.
 
     Args:
-        words: uint32 [n, 2], random bits of each row.
+        words: uint32 [n, 2], the key of each row.
         columns: int [m], numbers of columns.
 
     Returns:
