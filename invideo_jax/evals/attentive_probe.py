@@ -109,14 +109,12 @@ class Evaluator:
         classes = max(int(labels.max()) + 1, len(self.given.classes))
         head = make_head(classes, train.tokens.shape[-1], **self.head)
         weights = fit(head, *train, **self.rates)
-        logits = jax.jit(head.apply)
+        tokens = lambda batch: self.given.encode_tokens(params, batch)[None]
         held_out = [
-            (to_host(logits(weights, self.given.encode_tokens(params, batch))), known_labels(batch))
+            (to_host(_logits(head, weights, tokens(batch)))[0], known_labels(batch))
             for batch in self.given.batches(self.examples, of="held_out", taught=False)
         ]
-        # Class by batches as they lie: all at once would need what attention keeps of every clip.
-        again = jax.jit(lambda w, t: jax.lax.map(lambda block: head.apply(w, block), t))
-        again = zip(to_host(again(weights, train.tokens)), train.labels)
+        again = zip(to_host(_logits(head, weights, train.tokens)), train.labels)
         right = standing_of(held_out, "held_out")
         yield "top1", float(np.mean(ranking.recall(right, 1)))
         yield "top5", float(np.mean(ranking.recall(right, 5)))
@@ -219,16 +217,18 @@ def fit(
     """
     count, rows = labels.shape
     steps = epochs * count
-    rate = optax.warmup_cosine_decay_schedule(0, learning_rate, max(steps // 10, 1), steps + 1)
-    tx = optax.adamw(rate, weight_decay=weight_decay)
     draw = np.random.default_rng(_KEY)
     order = np.tile(np.arange(count)[:, None], (epochs, 1, rows))
     order = draw.permuted(order, axis=1).reshape(steps, rows)
-    return _fit(head, tx, tokens, labels, order.astype(np.int32))
+    return _fit(head, learning_rate, weight_decay, tokens, labels, order.astype(np.int32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _fit(head, tx, tokens, labels, order):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _fit(head, learning_rate, weight_decay, tokens, labels, order):
+    steps = len(order)
+    rate = optax.warmup_cosine_decay_schedule(0, learning_rate, max(steps // 10, 1), steps + 1)
+    tx = optax.adamw(rate, weight_decay=weight_decay)
+
     def loss(weights, clips, own):
         logits, known = head.apply(weights, clips), own >= 0
         each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(own, 0))
@@ -245,6 +245,12 @@ def _fit(head, tx, tokens, labels, order):
 
     weights = nn.unbox(head.init(jax.random.key(_KEY), tokens[0]))
     return jax.lax.scan(step, (weights, tx.init(weights)), order)[0][0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(head, weights, tokens):
+    """[n, B, N, D] to [n, B, classes], one batch after the other."""
+    return jax.lax.map(lambda block: head.apply(weights, block), tokens)
 
 
 def standing_of(parts: Iterable[tuple[np.ndarray, np.ndarray]], of: str) -> ranking.Standing:

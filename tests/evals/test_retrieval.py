@@ -200,7 +200,10 @@ def test_speech_finds_videos_and_sound_only_examples_have_none():
     assert_ranks(found, back, "video_text")
 
 
-@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=2, fsdp=2, tensor=2), pytest.param(dict(data=8), marks=pytest.mark.slow)],
+)
 def test_devices_change_nothing(sizes):
     features, listed, vectors = case(count=37, seed=3)
     judge = lambda words, videos: jnp.sum(words * videos[:, ::-1], axis=1)
