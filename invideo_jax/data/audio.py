@@ -66,6 +66,8 @@ class AudioSpec:
             raise UserError(
                 f"low must be from 0 to below half the rate, {self.rate / 2:g} Hz; got low={self.low}."
             )
+        if round(self.shift * self.rate) < 1:
+            raise UserError(f"shift must be at least one sample; got shift={self.shift}.")
         if self.frames < 1:
             raise UserError(
                 f"seconds must be at least one window of {self.window} s; got seconds={self.seconds}."

@@ -180,7 +180,13 @@ class SoundReader:
         seconds = declared_seconds(self._container, stream)
         if stream.start_time is not None and seconds is not None and self._tells_length():
             begin = stream.start_time * scale - self._origin
-            return begin, begin + seconds
+            file_end = float("inf")
+            if (
+                self._container.duration is not None
+            ):  # Matroska's tag counts from the beginning of the file
+                ticks = self._container.duration + (self._container.start_time or 0)
+                file_end = ticks / av.time_base - self._origin
+            return begin, min(begin + seconds, file_end)
         self._rewind()
         times = [
             (packet.pts, packet.pts + (packet.duration or 0))
@@ -193,8 +199,10 @@ class SoundReader:
         return begin * scale - self._origin, end * scale - self._origin
 
     def _tells_length(self) -> bool:
-        """Whether the length comes from an index; others guess it from the bit rate."""
-        return stores_times(self._container) and "mpegts" not in self._container.format.name
+        """Whether the header holds the length; other formats guess it from the bit rate."""
+        return any(
+            name in self._container.format.name for name in ("mp4", "matroska", "wav", "flac")
+        )
 
     # Reading --------------------------------------------------------------------------------------
 
