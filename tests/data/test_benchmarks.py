@@ -244,7 +244,7 @@ def test_a_pickle_cannot_run_anything(folder, tmp_path):
 
 
 def test_multiple_choice_keeps_every_candidate_in_its_place(folder):
-    choices = ["a", "", "c", "a", "e"]
+    choices = ["a", "b", "c", "a", "e"]
     folder.write("msrvtt_mc_test.json", [{"video": "video1.mp4", "caption": choices, "answer": 4}])
     folder.videos("video1.mp4")
     source = folder.open("msrvtt_mc")
@@ -259,6 +259,10 @@ def test_multiple_choice_keeps_every_candidate_in_its_place(folder):
         folder.write("msrvtt_mc_test.jsonl", line(wrong))
         with pytest.raises(SourceError, match="must have an answer from 0 to 4"):
             folder.open("msrvtt_mc")
+    choices[1] = " "
+    folder.write("msrvtt_mc_test.jsonl", line(2))
+    with pytest.raises(SourceError, match="must have no empty choice"):
+        folder.open("msrvtt_mc")
 
 
 # Recognition ----------------------------------------------------------------------------------------------------------

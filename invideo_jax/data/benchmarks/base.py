@@ -30,7 +30,6 @@ class Entry:
         label: class name, or class number where the file has numbers.
         start, end: seconds into the file; None: its begin and end.
         flip: False where left and right are in the label.
-        keep_empty: captions are choices, whose numbers count: none is left out.
     """
 
     names: tuple[str, ...]
@@ -39,7 +38,6 @@ class Entry:
     start: float | None = None
     end: float | None = None
     flip: bool = True
-    keep_empty: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,11 +315,10 @@ def _plain(name: str) -> str:
 
 
 def _row(entry: Entry, path: str, split: str, number: Mapping[str | int, int]) -> dict[str, Any]:
-    captions = [clean_text(text) for text in entry.captions]
     row: dict[str, Any] = {
         "id": stem(entry.names[0]),
         "path": path,
-        "captions": captions if entry.keep_empty else [text for text in captions if text],
+        "captions": [text for text in map(clean_text, entry.captions) if text],
         "split": split_name(split),
         "flip": entry.flip,
     }

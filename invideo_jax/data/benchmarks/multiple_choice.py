@@ -11,12 +11,15 @@ import pathlib
 from invideo_jax.data.benchmarks.base import Annotations, Benchmark, Entry, Files, Format
 from invideo_jax.data.benchmarks.caption_lists import ORIGIN, file_name
 from invideo_jax.data.benchmarks.reading import each, json_lines_of, json_of, texts
+from invideo_jax.data.clean import clean_text
 
 
 def _entry(name: str, choices: tuple[str, ...], answer: int) -> Entry:
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"must have an answer from 0 to {len(choices) - 1}; got {answer!r}")
-    return Entry((name,), choices, label=answer, keep_empty=True)
+    if not all(map(clean_text, choices)):
+        raise ValueError("must have no empty choice: the numbers of the others would change")
+    return Entry((name,), choices, label=answer)
 
 
 def _read(path: pathlib.Path, files: Files, split: str) -> Annotations:
