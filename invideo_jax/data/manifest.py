@@ -24,7 +24,6 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from invideo_jax.data.clean import clean_text
@@ -60,7 +59,7 @@ _KINDS = {  # letters of a caption's kind in InternVideo's lists -> field
 _VALIDATION = ("val", "valid", "dev", "eval")  # other names of the split `validation`
 
 
-def list_videos(folder: str | os.PathLike, media: Sequence[str] = ("video",)) -> list[str]:
+def list_videos(folder: str | os.PathLike, media: str = "video") -> list[str]:
     """Video files below `folder`, found by extension.
 
     Hidden files and folders are left out; links to folders are followed, each folder once.
@@ -85,7 +84,7 @@ def list_videos(folder: str | os.PathLike, media: Sequence[str] = ("video",)) ->
         seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if not name.startswith(".") and media_of(name) in media:
+            if not name.startswith(".") and media_of(name) == media:
                 relative = os.path.relpath(os.path.join(parent, name), folder)
                 found.append(relative.replace(os.sep, "/"))
     return sorted(found)

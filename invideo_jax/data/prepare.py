@@ -145,6 +145,7 @@ def _write_all(source: Source, folder: pathlib.Path, shards: int | None, skip_ba
         "format": 1,
         "count": sum(entry["count"] for entry in entries),
         "classes": list(source.classes),
+        "media": source.media,
         "shards": entries,
         "skipped": [[error.path, error.reason] for error in bad],
         "fingerprint": source.fingerprint(),

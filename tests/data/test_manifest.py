@@ -108,6 +108,46 @@ def test_captions_are_cleaned(tmp_path):
     )
 
 
+def test_captions_of_every_kind(tmp_path):
+    text = 'path,caption,audio_caption,audio_video_captions,fused_caption\na.mp4,s,h,"[""b"", ""c""]",\n'
+    wanted = {"captions": ["s"], "audio_captions": ["h"], "audio_video_captions": ["b", "c"]}
+    assert rows_of(write(tmp_path, "m.csv", text)) == [{"path": "a.mp4", "line": 0} | wanted]
+
+
+def test_lists_of_internvideo(tmp_path):
+    rows = [
+        {"image": "a.jpg", "caption": ["one", "two"]},
+        {
+            "video": "b.mp4",
+            "caption": {"V": "s", "A": ["h", ""], "AV": "b", "AVS": "f", "S": ["x", "y"]},
+        },
+        {"audio": "c.wav", "caption": "hum", "audio_caption": "a hum"},
+        {"video": "d.mp4", "video_start_frame": 50, "video_end_frame": 75, "fps": 25},
+        {"video": "e.mp4", "caption": {"s": None, "v": "s"}},
+    ]
+    assert rows_of(write(tmp_path, "m.json", json.dumps(rows))) == [
+        {"path": "a.jpg", "captions": ["one", "two"], "line": 0},
+        {
+            "path": "b.mp4",
+            "captions": ["s"],
+            "audio_captions": ["h"],
+            "audio_video_captions": ["b"],
+            "fused_captions": ["f"],
+            "transcript": "x y",
+            "line": 0,
+        },
+        {"path": "c.wav", "captions": ["hum"], "audio_captions": ["a hum"], "line": 0},
+        {"path": "d.mp4", "start": 2.0, "end": 3.0, "line": 0},
+        {"path": "e.mp4", "captions": ["s"], "line": 0},
+    ]
+
+
+@pytest.mark.parametrize("name", ["x y.jpg", "x.WEBP", "x.flac", "x.m4a", "x.bmp"])
+def test_lists_without_header_hold_images_and_sounds_too(tmp_path, name):
+    for text in (f"{name} 3\n", f"{name},3\n"):
+        assert rows_of(write(tmp_path, "l.csv", text)) == [{"path": name, "label": 3, "line": 0}]
+
+
 def test_file_names_that_are_not_utf8_stay_openable(tmp_path):
     name = os.fsdecode(b"caf\xe9.mp4")
     (tmp_path / "m.txt").write_bytes(b"caf\xe9.mp4 1\n")
@@ -133,6 +173,15 @@ def test_file_names_that_are_not_utf8_stay_openable(tmp_path):
         ("m.json", '{"path": "a.mp4"}\n{"path": "b.mp4"}', ["Extra data", ".jsonl"]),
         ("m.jsonl", '{"path": "https://x.org/a.mp4"}', ["must be a local file", "Download"]),
         ("m.jsonl", '{"path": "s3://x/a.mp4"}', ["must be a local file", "mount"]),
+        ("m.json", '[{"path": "a.mp4", "caption": {"X": "a"}}]', ["named V, A, AV, AVS, S", "'X'"]),
+        (
+            "m.json",
+            '[{"path": "a.mp4", "video_end_frame": 9}]',
+            ["need a column fps", "in seconds"],
+        ),
+        ("m.json", '[{"path": "a.mp4", "video_start_frame": 1, "fps": 0}]', ["need a column fps"]),
+        ("m.json", '[{"path": "a.mp4", "speech": 5}]', ["pieces with times", "transcript"]),
+        ("m.json", '[{"path": "a.mp4", "speech": "http://x/a.srt"}]', ["must be a local file"]),
         ("m.txt", "a.mp4 30 5\n", ["3 cells", "frame folders"]),
         ("m.txt", "a.mp4 1\nnothing\n", ["line 2", "no video file name"]),
         ("m.csv", "p\x00a\x00t\x00h\x00", ["UTF-8"]),
@@ -198,3 +247,8 @@ def test_list_videos_is_sorted_and_survives_loops(tmp_path):
     found = list_videos(tmp_path)
     assert found == ["a.mp4", "again/a.mkv", "again/z.MP4", "b-c.mov"]  # each folder once
     assert found == list_videos(str(tmp_path) + "/")
+    (tmp_path / "b" / "p.JPG").touch()
+    (tmp_path / "s.wav").touch()
+    assert list_videos(tmp_path) == found, "images and sounds only where asked for"
+    assert list_videos(tmp_path, "image") == ["again/p.JPG"]
+    assert list_videos(tmp_path, "audio") == ["s.wav"]

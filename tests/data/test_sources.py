@@ -101,6 +101,56 @@ def test_manifest_example(videos):
         source[3]
 
 
+@pytest.mark.parametrize(
+    "media,names",
+    [
+        ("video", ["a.mp4", "f"]),
+        ("image", ["b.JPG", "c.webp", "d.png"]),
+        ("audio", ["e.wav", "f.m4a"]),
+    ],
+)
+def test_images_and_sounds_are_examples_of_their_own_kind(tmp_path, media, names):
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    path = write_manifest(tmp_path, [{"path": name, "caption": name} for name in names])
+    prepare(path, tmp_path / "out")
+    for source in (open_source(path), open_source(f"arrayrecord:{tmp_path / 'out'}")):
+        assert source.media == media
+        assert [source[i]["media"] for i in range(len(names))] == [media] * len(names)
+        assert [source[i]["captions"] for i in range(len(names))] == [(name,) for name in names]
+
+
+def test_a_list_of_several_kinds_of_files_says_how_to_part_it(tmp_path):
+    for name in ("a.mp4", "b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    path = write_manifest(tmp_path, [{"path": "a.mp4"}, {"path": "b.jpg"}])
+    with pytest.raises(SourceError, match=r"of one kind.*image \(b.jpg\), video \(a.mp4\)"):
+        open_source(path)
+
+
+def test_a_folder_gives_images_and_sounds_where_asked(tmp_path):
+    for name in ("a.mp4", "b.jpg", "c.wav"):
+        (tmp_path / name).write_bytes(b"x")
+    sources = [open_source(str(tmp_path), media=m) for m in ("video", "image", "audio")]
+    assert [os.path.basename(s[0]["path"]) for s in sources] == ["a.mp4", "b.jpg", "c.wav"]
+    assert len(open_source(str(tmp_path))) == 1 and sources[2][0]["media"] == "audio"
+    (tmp_path / "c.wav").unlink()
+    with pytest.raises(SourceError, match=r"holds 2 files, 0 of them.*\.aac \.flac"):
+        open_source(str(tmp_path), media="audio")
+    with pytest.raises(SourceError, match='Did you mean "audio"'):
+        open_source(str(tmp_path), media="audoi")
+
+
+def test_any_kind_of_caption_makes_a_row_captioned(videos):
+    rows = [
+        {"path": "clip_000.mp4", "audio_caption": "a hum"},
+        {"path": "clip_001.mp4"},
+        {"path": "clip_002.mp4", "fused_caption": "x"},
+    ]
+    source = open_source(write_manifest(os.path.dirname(videos[0]), rows), captioned=True)
+    assert [source.identify(i) for i in range(len(source))] == ["clip_000.mp4", "clip_002.mp4"]
+
+
 def test_folder_and_relative_spec(videos, monkeypatch):
     folder = os.path.dirname(videos[0])
     monkeypatch.chdir(os.path.dirname(folder))
@@ -402,7 +452,7 @@ def test_parse_mixture():
 
 
 def test_registry_lists_every_kind():
-    assert set(SOURCES) == {"folder", "manifest", "synthetic", "arrayrecord", "tfds"}
+    assert set(SOURCES) == {"folder", "manifest", "synthetic", "arrayrecord", "tfds", "benchmark"}
     assert all(callable(SOURCES.get(kind)) for kind in SOURCES)
 
 

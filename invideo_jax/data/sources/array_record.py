@@ -171,6 +171,7 @@ def open_source(
         source = ArrayRecordSource(
             pattern, chosen, counts, index["classes"], classes, index["fingerprint"]
         )
+        source.media = index.get("media", "video")
     source.notes = notes
     return source
 

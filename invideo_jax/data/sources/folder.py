@@ -13,6 +13,7 @@ from invideo_jax.data.sources.base import (
     existing_folder,
 )
 from invideo_jax.data.sources.listed import ManifestSource
+from invideo_jax.registry import nearest
 
 
 def open_source(
@@ -22,7 +23,7 @@ def open_source(
     roots: Sequence[str] = (),
     roots_option: str = ROOTS_OPTION,
     classes: Sequence[str] = (),
-    media: Sequence[str] = ("video",),
+    media: str = "video",
 ) -> ManifestSource:
     """The videos below `folder` in the order of their names, without captions or labels.
 
@@ -31,13 +32,15 @@ def open_source(
     Args:
         media: what is looked for: 'video', 'image', 'audio'.
     """
+    if media not in MEDIA:
+        raise SourceError(f'Unknown kind of files "{media}".{nearest(media, MEDIA)}')
     located = Roots(existing_folder(folder, "A folder of videos"), roots, roots_option)
     paths = list_videos(folder, media)
     if not paths:
         held = sum(len(files) for _, _, files in os.walk(folder))
         raise SourceError(
             f"A folder of videos must hold at least one; {os.path.abspath(folder)} holds {held} files, "
-            f"0 of them with a known ending ({' '.join(sorted(suffix for kind in media for suffix in MEDIA[kind]))})."
+            f"0 of them with a known ending ({' '.join(sorted(MEDIA[media]))})."
         )
     check_sample(folder, located, paths)
     rows = [{"id": path, "path": path} for path in paths]
