@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from invideo_jax.interop import models
+from invideo_jax.interop import hf_config, models
 from invideo_jax.interop.leaves import Leaf
 from invideo_jax.models import pixels
 
@@ -51,8 +51,13 @@ def text(
         if "classification" in found["layout"]
         else "VideoMAEForPreTraining"
     )
-    use = _HF.format(kind=kind) if hf else _own(model)
-    if not hf and "model.py" not in found["files"]:
+    if hf:
+        use = _HF.format(kind=kind)
+    elif "model.py" in found["files"]:
+        use = _own(model)
+    elif found["layout"] in hf_config.TEXT:
+        use = _HF.format(kind=hf_config.text_config(model, found["layout"])["architectures"][0])
+    else:
         use = "The keys are those of the published model, whose own code loads them."
     parts = [
         "---",
@@ -109,7 +114,8 @@ def _texts(model: nn.Module) -> list[str]:
     text = models.text_tower(model)
     if text is None:
         return []
-    return [f"Texts: up to {text.positions} ids of {text.vocabulary:,}."]
+    most = getattr(text, "positions", None)  # turned queries and keys know no last place
+    return [f"Texts: {f'up to {most} ' if most else ''}ids of {text.vocabulary:,}."]
 
 
 def _parity(found: Mapping[str, Any]) -> str:

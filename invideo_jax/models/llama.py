@@ -4,7 +4,6 @@ Sources: LLaMA (arXiv:2302.13971); LoRA (arXiv:2106.09685); InternVL (arXiv:2312
 tower InternVideo2-CLIP 1B and 6B have.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from invideo_jax import masking
 from invideo_jax.errors import UserError
-from invideo_jax.models import sizes
 from invideo_jax.models.attention import attend, drop, fold
 from invideo_jax.models.checks import check_multiple
 from invideo_jax.models.layers import (
@@ -300,17 +298,6 @@ class LlamaText(nn.Module):
             raise UserError(
                 f"lora must name layers of {', '.join(ADAPTED)}; got lora={tuple(self.lora)}."
             )
-
-
-def build(size: str, /, **overrides: Any) -> LlamaText:
-    """The tower of a row of `sizes.LLAMA`; `overrides` are attributes of `LlamaText`.
-
-    Raises:
-        UserError: unknown size. TypeError: unknown attribute.
-    """
-    row = dataclasses.asdict(sizes.row(sizes.LLAMA, size))
-    del row["params"]
-    return LlamaText(**row | overrides)
 
 
 def init(model: LlamaText, key: jax.Array) -> PyTree:

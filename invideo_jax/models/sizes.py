@@ -84,79 +84,6 @@ INTERNVIDEO2: dict[str, VideoSize] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSize:
-    """One row: D, layers, heads K, MLP width F; P, 0 for no projection; rows of the tables; activation.
-
-    `fusion_from` is the first layer that also looks at video in InternVideo2's stage 2. `params` is the
-    number of parameters: of BERT without cross-attention, with the head for words; None for sizes that
-    nobody published.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    output_width: int = 0
-    vocabulary: int = 30522
-    positions: int = 512
-    activation: str = "gelu"
-    fusion_from: int = 0
-    params: int | None = None
-
-
-_Text = TextSize
-_CLIP = dict(vocabulary=49408, positions=77)
-
-# Sources: BERT (arXiv:1810.04805) 3; fusion_from: InternVideo2 multi_modality/configs/config_bert*.json.
-# Micro and Mini, here and below, are this project's own, for CPUs.
-BERT: dict[str, TextSize] = {
-    "Micro": _Text(32, 3, 2, 64, vocabulary=512, positions=64, fusion_from=2),
-    "Mini": _Text(128, 5, 4, 512, vocabulary=4096, positions=128, fusion_from=3),
-    "base": _Text(768, 12, 12, 3072, fusion_from=9, params=109_514_298),
-    "large": _Text(1024, 24, 16, 4096, fusion_from=19, params=335_174_458),
-}
-
-# Sources: CLIP (arXiv:2103.00020), table 20; MobileCLIP (arXiv:2311.17049), whose B has CLIP's tower
-# with the exact GELU.
-CLIP_TEXT: dict[str, TextSize] = {
-    "Micro": _Text(32, 2, 2, 64, 24, 512, 64, "gelu_quick"),
-    "Mini": _Text(128, 4, 4, 512, 128, 4096, 77, "gelu_quick"),
-    "B": _Text(512, 12, 8, 2048, 512, activation="gelu_quick", params=63_428_096, **_CLIP),
-    "L": _Text(768, 12, 12, 3072, 768, activation="gelu_quick", params=123_650_304, **_CLIP),
-    "MobileCLIP-B": _Text(512, 12, 8, 2048, 512, params=63_428_096, **_CLIP),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaSize:
-    """One row: D, layers, heads K, heads of keys and values, MLP width F; P; words; LoRA's rank.
-
-    `params` is the number of parameters without the head for next words, None for sizes that nobody
-    published.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    mlp_width: int
-    output_width: int = 0
-    vocabulary: int = 32000
-    lora_rank: int = 0
-    params: int | None = None
-
-
-# Sources: LLaMA (arXiv:2302.13971), table 2; 7B-internvl, the text tower of InternVideo2-CLIP 1B and 6B:
-# InternVL (arXiv:2312.14238) 3.2, internvideo2_clip_text.py, with the vocabulary of chinese-alpaca.
-LLAMA: dict[str, LlamaSize] = {
-    "Micro": LlamaSize(32, 2, 4, 2, 64, 24, 512, 4),
-    "Mini": LlamaSize(128, 4, 4, 2, 352, 128, 4096, 8),
-    "7B": LlamaSize(4096, 32, 32, 32, 11008, params=6_607_343_616),
-    "7B-internvl": LlamaSize(4096, 32, 32, 32, 11008, 768, 49954, 16, params=6_692_417_536),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class BeatsSize:
     """One row: D, layers, heads K, MLP width F, width of the patches; the position convolution.
 
@@ -202,47 +129,78 @@ AUDIO_VIT: dict[str, AudioViTSize] = {
 
 @dataclasses.dataclass(frozen=True)
 class BertSize:
-    """One row: D, blocks, heads K, MLP width F, number of the first fusion block."""
+    """One row: D, blocks, heads K, MLP width F, number of the first fusion block.
+
+    `params` is the number of parameters of the published file, without cross-attention and with the
+    head for words, None for sizes that nobody published.
+    """
 
     width: int
     depth: int
     heads: int
     mlp_width: int
     fusion_from: int
+    params: int | None = None
 
 
 # Source: BERT (arXiv:1810.04805), divided as in InternVideo2's stage 2. Micro and Mini are this project's own.
 BERT: dict[str, BertSize] = {
     "Micro": BertSize(32, 3, 2, 64, 2),
     "Mini": BertSize(128, 4, 4, 512, 2),
-    "B": BertSize(768, 12, 12, 3072, 9),
-    "L": BertSize(1024, 24, 16, 4096, 19),
+    "B": BertSize(768, 12, 12, 3072, 9, 109_514_298),
+    "L": BertSize(1024, 24, 16, 4096, 19, 335_174_458),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextSize:
-    """One row: D, blocks, heads K, MLP width F, width P of the shared space."""
+    """One row: D, blocks, heads K, MLP width F, width P of the shared space.
+
+    `params` is the number of parameters with CLIP's words and places, None for sizes that nobody
+    published.
+    """
 
     width: int
     depth: int
     heads: int
     mlp_width: int
     output_width: int
+    params: int | None = None
 
 
 # Source: CLIP (arXiv:2103.00020); MobileCLIP-B (arXiv:2311.17049) has B with another activation.
 CLIP_TEXT: dict[str, ClipTextSize] = {
     "Micro": ClipTextSize(32, 2, 2, 64, 32),
     "Mini": ClipTextSize(128, 4, 4, 512, 128),
-    "B": ClipTextSize(512, 12, 8, 2048, 512),
-    "L": ClipTextSize(768, 12, 12, 3072, 768),
+    "B": ClipTextSize(512, 12, 8, 2048, 512, 63_428_096),
+    "L": ClipTextSize(768, 12, 12, 3072, 768, 123_650_304),
 }
 
-# Source: LLaMA (arXiv:2302.13971), with the projection of InternVL-C.
-LLAMA: dict[str, ClipTextSize] = {
-    "Micro": ClipTextSize(32, 2, 2, 64, 32),
-    "7B": ClipTextSize(4096, 32, 32, 11008, 768),
+
+@dataclasses.dataclass(frozen=True)
+class LlamaSize:
+    """One row: D, blocks, heads K, MLP width F, P; heads of keys and values; rank of LoRA; words.
+
+    `params` is the number of parameters, without the head for next words, None for sizes that nobody
+    published.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    output_width: int
+    kv_heads: int
+    lora_rank: int
+    vocabulary: int
+    params: int | None = None
+
+
+# Sources: LLaMA (arXiv:2302.13971), table 2, as the text tower of InternVideo2-CLIP 1B and 6B: InternVL
+# (arXiv:2312.14238) 3.2, internvideo2_clip_text.py, with the words of chinese-alpaca.
+LLAMA: dict[str, LlamaSize] = {
+    "Micro": LlamaSize(32, 2, 4, 64, 32, 2, 4, 512),
+    "7B": LlamaSize(4096, 32, 32, 11008, 768, 32, 16, 49954, 6_692_417_536),
 }
 
 

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from invideo_jax import masking
 from invideo_jax.errors import UserError
-from invideo_jax.models import sizes
 from invideo_jax.models.attention import attend, drop, fold
 from invideo_jax.models.checks import check_multiple
 from invideo_jax.models.layers import LayerNorm, Linear, Mlp, Stack, activation, named
@@ -382,29 +381,6 @@ class ClipText(nn.Module):
         """Raises UserError where attributes do not fit together; builds nothing."""
         check_multiple("width", self.width, "heads", self.heads)
         activation(self.activation)
-
-
-def build_bert(size: str, /, *, dropout: float = 0.1, **overrides: Any) -> Bert:
-    """BERT of a row of `sizes.BERT`; `dropout` is of both kinds, `overrides` are attributes of `Bert`.
-
-    Raises:
-        UserError: unknown size. TypeError: unknown attribute.
-    """
-    row = sizes.row(sizes.BERT, size)
-    names = ("width", "depth", "heads", "mlp_width", "fusion_from", "vocabulary", "positions")
-    found = {name: getattr(row, name) for name in (*names, "activation")}
-    return Bert(**found | dict(dropout=dropout, attention_dropout=dropout) | overrides)
-
-
-def build_clip(size: str, /, **overrides: Any) -> ClipText:
-    """CLIP's text tower of a row of `sizes.CLIP_TEXT`; `overrides` are attributes of `ClipText`.
-
-    Raises:
-        UserError: unknown size. TypeError: unknown attribute.
-    """
-    row = sizes.row(sizes.CLIP_TEXT, size)
-    names = ("width", "depth", "heads", "mlp_width", "output_width", "vocabulary", "positions")
-    return ClipText(**{n: getattr(row, n) for n in (*names, "activation")} | overrides)
 
 
 def init(model: Bert | ClipText, key: jax.Array) -> PyTree:

@@ -12,7 +12,7 @@ from invideo_jax.registry import nearest
 
 TextTower = Bert | ClipText | LlamaText
 
-# name -> (model, its sizes). MobileCLIP's is CLIP's with another activation, in which all tokens see all.
+# name -> (model, its sizes). MobileCLIP's is CLIP's with another activation.
 KINDS = {
     "bert": (Bert, sizes.BERT),
     "clip": (ClipText, sizes.CLIP_TEXT),
@@ -37,7 +37,8 @@ def build(kind: str, size: str, /, *, dropout: float = 0.0, **overrides: Any) ->
             f"The text tower must be of a known kind; got {kind!r}.{nearest(kind, KINDS)}"
         )
     model, table = KINDS[kind]
-    made = dataclasses.asdict(sizes.row(table, size)) | overrides
+    row = dataclasses.asdict(sizes.row(table, size))
+    made = {name: value for name, value in row.items() if name != "params"} | overrides
     if kind == "bert":
         made |= dict(dropout=dropout, attention_dropout=dropout)
     elif kind == "llama":
