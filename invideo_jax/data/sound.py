@@ -108,6 +108,7 @@ class SoundReader:
         try:
             self._picture = self._pick_picture()
             self._stream = self._pick_sound()
+            self._scale = float(self._stream.time_base) if self._stream is not None else 1.0
         except BaseException:
             self.close()
             raise
@@ -171,15 +172,14 @@ class SoundReader:
             self._stream.discard = av.stream.Discard.default
         if first is not None:
             return float(first * self._picture.time_base)
-        start = self._stream.start_time
-        return 0.0 if start is None else float(start * self._stream.time_base)
+        return (self._stream.start_time or 0) * self._scale
 
     def extent(self) -> tuple[float, float]:
         """Seconds at which the track begins and ends, by the header; where that is silent, by the packets."""
-        stream, scale = self._stream, float(self._stream.time_base)
+        stream = self._stream
         seconds = declared_seconds(self._container, stream)
         if stream.start_time is not None and seconds is not None and self._tells_length():
-            begin = stream.start_time * scale - self._origin
+            begin = self._second(stream.start_time)
             file_end = float("inf")
             if (
                 self._container.duration is not None
@@ -195,8 +195,7 @@ class SoundReader:
         ]
         if not times:
             return 0.0, 0.0
-        begin, end = min(t[0] for t in times), max(t[1] for t in times)
-        return begin * scale - self._origin, end * scale - self._origin
+        return self._second(min(t[0] for t in times)), self._second(max(t[1] for t in times))
 
     def _tells_length(self) -> bool:
         """Whether the header holds the length; other formats guess it from the bit rate."""
@@ -240,7 +239,7 @@ class SoundReader:
             raise BadVideo("bad_sound", self.path, detail) from None
 
     def _second(self, pts: int | None) -> float | None:
-        return None if pts is None else float(pts * self._stream.time_base) - self._origin
+        return None if pts is None else pts * self._scale - self._origin
 
     def _frames(self, low: float, high: float):
         """Decoded frames from before `low` to behind `high`."""
@@ -262,8 +261,7 @@ class SoundReader:
             raise BadVideo("bad_sound", self.path, f"{refused} damaged packets")
 
     def _end(self, packet) -> float | None:
-        begin = self._second(packet.pts)
-        return None if begin is None else begin + float((packet.duration or 0) * packet.time_base)
+        return self._second(None if packet.pts is None else packet.pts + (packet.duration or 0))
 
     @staticmethod
     def _decode(context, packet) -> list | None:

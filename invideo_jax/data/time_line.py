@@ -78,10 +78,12 @@ class TimeLine:
         array = array if frame.format.is_planar else array.reshape(-1, count).T
         if count > 1:
             array = array[self._heard(frame.layout)]
+        # Not array.mean: this runs once for about 20 ms of sound.
+        total = np.add.reduce(array, axis=0, dtype=np.float32)
         if array.dtype == np.uint8:
-            return (array.mean(0, dtype=np.float32) - 128) / 128
-        mono = array[0].astype(np.float32) if len(array) == 1 else array.mean(0, dtype=np.float32)
-        return mono if array.dtype.kind == "f" else mono / -float(np.iinfo(array.dtype).min)
+            return total / np.float32(128 * len(array)) - 1
+        full = 1.0 if array.dtype.kind == "f" else -float(np.iinfo(array.dtype).min)
+        return total / np.float32(full * len(array))
 
     def _heard(self, layout) -> list[int] | slice:
         name = layout.name

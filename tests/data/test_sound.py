@@ -285,6 +285,16 @@ def test_damage_is_an_error_where_it_is_and_nowhere_else(tmp_path):
         assert reader.frames([0, 99]).any()
 
 
+def test_a_single_flipped_bit_of_flac_is_found(tmp_path):
+    """Noise of full loudness is stored as it is: only the checksum tells."""
+    wave = np.random.default_rng(0).uniform(-1, 1, (1, 16000))
+    path = write_sound_file(str(tmp_path / "x.mp4"), wave, codec="flac", seconds=1.0)
+    data = bytearray(open(path, "rb").read())
+    data[len(data) // 2] ^= 1
+    with pytest.raises(BadVideo, match="bad_sound"):
+        read_sound(bytes(data))
+
+
 def test_damage_at_the_beginning_is_no_pause(tmp_path):
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 16000))
     path = write_sound_file(str(tmp_path / "x.mp4"), wave, codec="flac", seconds=1.0)
