@@ -5,7 +5,8 @@
 One JSON row a clip: its path, the columns of the manifest it came from, what the file holds
 (seconds, frames, fps, width, height, codec, pix_fmt, rotation, keyframes, has_audio, audio_rate,
 audio_channels, bytes), `truncated` and a `note` for a file cut short but usable up to the cut, and
-`error` for an unusable one. Training leaves out rows with an `error`.
+`error` for an unusable one. Training leaves out rows with an `error`. Of images and files of sound only
+that they are there is looked at.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -24,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from invideo_jax.data.decode import BadVideo, Limits, VideoReader, View
+from invideo_jax.data.decode import BadVideo, Limits, VideoReader, View, check_path
+from invideo_jax.data.list_files import media_of
 from invideo_jax.data.manifest import ManifestError, list_videos, read_manifest
 from invideo_jax.data.sources.base import Roots, SourceError
 
@@ -50,6 +53,9 @@ def scan_file(path: str, *, sample: int = 8, limits: Limits | None = None) -> di
     except (OSError, ValueError):
         pass  # the reader says why
     try:
+        if media_of(path) in ("image", "audio"):
+            check_path(path)
+            return found
         with VideoReader(path, limits=limits) as reader:
             count = len(reader)
             indices = np.arange(count)
@@ -213,6 +219,9 @@ def scan(
         workers=workers,
         progress=lambda done, bad: progress(done, bad, len(files)),
     )
+    for row in rows:
+        if isinstance(row.get("speech"), str):
+            row["speech"] = _seen_from(target.parent, allowed.locate(row["speech"])[0])
     located = (allowed.locate(row["path"])[0] for row in rows)
     written = [
         _row(row, full, refused.get(row["path"]) or found[full], target.parent)
@@ -235,13 +244,18 @@ def _make_folder(folder: pathlib.Path) -> None:
 
 def _row(row: dict, full: str, found: dict, folder: pathlib.Path) -> dict[str, Any]:
     """The manifest's columns, the file's, and its path as seen from the new manifest."""
-    inside = os.path.commonpath([full, folder]) == str(folder)
-    path = os.path.relpath(full, folder).replace(os.sep, "/") if inside else full
+    path = _seen_from(folder, full)
     kept = {k: v for k, v in row.items() if k not in ("path", "line", "error", "seconds")}
     out = {"path": path, **kept, **found}
-    if "error" not in out and row.get("start", 0.0) >= out["seconds"]:
+    if "error" not in out and row.get("start", 0.0) >= out.get("seconds", math.inf):
         out["error"] = f"no_frames: starts at {row['start']:g} s of {out['seconds']:g} s"
     return out
+
+
+def _seen_from(folder: pathlib.Path, full: str) -> str:
+    """A path relative to the folder of the new manifest where it lies below it, else absolute."""
+    inside = os.path.commonpath([full, folder]) == str(folder)
+    return os.path.relpath(full, folder).replace(os.sep, "/") if inside else full
 
 
 def _write(target: pathlib.Path, rows: list[dict]) -> None:

@@ -3,7 +3,8 @@
 import gzip
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from invideo_jax.errors import UserError
@@ -111,29 +112,23 @@ def _kind_of(path: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
         )
     if path.suffix == ".model":
         return "sentencepiece", [path]
-    if path.name.endswith((".txt.gz",)):
+    if path.name.endswith(".txt.gz"):
         return "clip", [path]
-    if path.name == "merges.txt":
-        path = path.with_name("vocab.json")
-    if path.suffix == ".txt":
-        return "wordpiece", [path]
-    if path.name == "vocab.json" or path.with_name("merges.txt").is_file() and _is_plain(path):
-        merges = path.with_name("merges.txt")
-        if not merges.is_file() or not path.is_file():
+    if path.name in ("vocab.json", "merges.txt"):
+        files = [path.with_name("vocab.json"), path.with_name("merges.txt")]
+        if not all(file.is_file() for file in files):
             raise UserError(
                 f"BPE needs vocab.json and merges.txt side by side; {path.parent} lacks one of them."
             )
-        return "bpe", [path, merges]
+        return "bpe", files
+    if path.suffix == ".txt":
+        return "wordpiece", [path]
     if path.suffix == ".json":
         return "json", [path]
     raise UserError(
         f"A tokenizer must be x.model (SentencePiece), tokenizer.json, vocab.txt (WordPiece), vocab.json with "
         f"merges.txt, or CLIP's {CLIP_FILE}; got {path}. Rename it as it was published."
     )
-
-
-def _is_plain(path: pathlib.Path) -> bool:
-    return path.suffix == ".json" and path.name.startswith("vocab")
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -280,7 +275,7 @@ def _wordpiece(tokenizers, contents: Sequence[bytes], lowercase: bool | None):
             f"without it (first: {words[0][:40]!r}). Give the vocab.txt of the model."
         )
     if lowercase is None:
-        lowercase = is_uncased(known)
+        lowercase = _is_uncased(known)
     model = tokenizers.Tokenizer(tokenizers.models.WordPiece(known, unk_token="[UNK]"))
     model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
     model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -288,9 +283,9 @@ def _wordpiece(tokenizers, contents: Sequence[bytes], lowercase: bool | None):
     return model
 
 
-def is_uncased(words: Mapping[str, int]) -> bool:
+def _is_uncased(words: Iterable[str]) -> bool:
     """Whether a vocabulary has small letters only, special tokens aside."""
-    return not any(word != word.lower() for word in words if not word.startswith("["))
+    return not any(re.search("[A-Z]", word) for word in words if not word.startswith("["))
 
 
 def _bpe(tokenizers, contents: Sequence[bytes], lowercase: bool | None):

@@ -253,6 +253,21 @@ def test_workers_give_the_same(folder, tmp_path):
     assert scan.scan(str(folder), str(tmp_path / "b.jsonl"), workers=2) == alone
 
 
+def test_lists_of_images_keep_their_rows_and_subtitles_are_found_from_the_new_list(
+    folder, tmp_path
+):
+    (folder / "a.jpg").write_bytes(b"x")
+    (folder / "empty.png").touch()
+    (folder / "said.srt").write_text("1\n00:00:00,0 --> 00:00:01,0\nhey\n")
+    rows = [{"path": "a.jpg", "caption": "x", "speech": "said.srt"}, {"path": "empty.png"}]
+    (folder / "images.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for output in (tmp_path / "m.jsonl", folder / "deep" / "m.jsonl"):
+        one, other = scan.scan(str(folder / "images.jsonl"), str(output))
+        assert "error" not in one and other["error"] == "empty"
+        source = open_source(str(output), roots=[str(folder)])
+        assert source[0]["media"] == "image" and source[0]["transcript"] == "hey"
+
+
 def test_command_line_needs_no_jax(folder, tmp_path):
     code = (
         "import sys; from invideo_jax.data import scan\n"

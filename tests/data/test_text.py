@@ -256,7 +256,7 @@ def test_a_whole_published_folder_is_read_by_its_tokenizer_json(fixture, tmp_pat
     assert two.files[0].name == "tokenizer.json"
     assert (two.first, two.last, two.mask) == (one.first, one.last, one.mask)
     assert two.pad == theirs.pad_token_id
-    for text in TEXTS:
+    for text in (*TEXTS, "[CLS] a [MASK] [SEP]", "a <|endoftext|> b"):
         assert one.encode(text) == two.encode(text), text
 
 
