@@ -165,7 +165,10 @@ def placed(rows, mesh):
     return rows._replace(embedding=jax.device_put(rows.embedding, where))
 
 
-@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=2, fsdp=2, tensor=2), pytest.param(dict(data=8), marks=pytest.mark.slow)],
+)
 def test_any_mesh_gives_the_same_and_no_device_holds_all_pairs(sizes):
     text, owner, video, own = random_case(3, examples=64, captions=4)
     pairs = rows_of(text, owner, rows=16), rows_of(video, own, rows=16)

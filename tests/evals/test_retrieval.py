@@ -209,7 +209,7 @@ def test_devices_change_nothing(sizes):
     judge = lambda words, videos: jnp.sum(words * videos[:, ::-1], axis=1)
     towers = towers_of(Texts(vectors), match=judge)
     given = given_of(features, {"video": listed}, towers=towers)
-    options = dict(examples=37, dual_softmax=True, rerank=6, text_batch=12)
+    options = dict(examples=37, rerank=6, text_batch=12)
     want = run(given, **options)
     with sharding.use(sharding.make_mesh(**sizes)):
         found = run(given, **options)
