@@ -201,11 +201,12 @@ def filter_bank(
             raise UserError(f"dither must be 0 where nothing is drawn; got dither={dither}.")
         frames = frames + dither * rng.standard_normal(frames.shape)
     frames = frames - frames.mean(1, keepdims=True)
-    before = np.concatenate([frames[:, :1], frames[:, :-1]], 1)
-    frames -= _PRE_EMPHASIS * before
+    frames[:, 1:] -= _PRE_EMPHASIS * frames[:, :-1]
+    frames[:, 0] *= 1 - _PRE_EMPHASIS
     frames *= _povey(size)
     spectrum = np.fft.rfft(frames, _padded(size))
-    power = spectrum.real**2 + spectrum.imag**2
+    power = np.square(spectrum.real)
+    power += np.square(spectrum.imag)
     energy = power @ _mel_weights(rate, _padded(size), mels, low)
     return np.log(np.maximum(energy, _LEAST_ENERGY)).astype(np.float32)
 

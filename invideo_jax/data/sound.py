@@ -156,7 +156,7 @@ class SoundReader:
 
     def _find_origin(self) -> float:
         """Second of the file's own clock at which the first picture is shown, found as `read_table` does."""
-        key, shown, first = None, [], None
+        key, first, before = None, None, []
         if self._picture is not None:
             self._stream.discard = av.stream.Discard.all
             for position, packet in enumerate(self._packets(self._picture)):
@@ -164,12 +164,17 @@ class SoundReader:
                 pts = (position if dts is None else dts) if pts is None else pts
                 if packet.is_keyframe and key is None:
                     key = pts
-                if not packet.is_discard:
-                    shown.append(pts)
-                first = min((p for p in shown if key is None or p >= key), default=None)
-                if key is not None and first is not None and (dts is None or dts >= first):
+                if packet.is_discard:  # edit lists: decoded, but never shown
+                    continue
+                if key is None:
+                    before.append(pts)
+                elif pts >= key:
+                    first = pts if first is None else min(first, pts)
+                if first is not None and (dts is None or dts >= first):
                     break
             self._stream.discard = av.stream.Discard.default
+            if first is None:
+                first = min((p for p in before if key is None or p >= key), default=None)
         if first is not None:
             return float(first * self._picture.time_base)
         return (self._stream.start_time or 0) * self._scale
@@ -180,13 +185,12 @@ class SoundReader:
         seconds = declared_seconds(self._container, stream)
         if stream.start_time is not None and seconds is not None and self._tells_length():
             begin = self._second(stream.start_time)
-            file_end = float("inf")
-            if (
-                self._container.duration is not None
-            ):  # Matroska's tag counts from the beginning of the file
-                ticks = self._container.duration + (self._container.start_time or 0)
-                file_end = ticks / av.time_base - self._origin
-            return begin, min(begin + seconds, file_end)
+            # Matroska's tag counts from the beginning of the file, not of the track.
+            ticks = self._container.duration
+            if ticks is None:
+                return begin, begin + seconds
+            ticks += self._container.start_time or 0
+            return begin, min(begin + seconds, ticks / av.time_base - self._origin)
         self._rewind()
         times = [
             (packet.pts, packet.pts + (packet.duration or 0))
@@ -257,7 +261,7 @@ class SoundReader:
                 raise BadVideo("bad_sound", self.path, f"damaged before {second:.2f} s")
             good = good or bool(frames)
             yield from frames
-        if damaged > 1 or (refused and not good):
+        if damaged > (1 if self._ended else 0) or (refused and not good):
             raise BadVideo("bad_sound", self.path, f"{refused} damaged packets")
 
     def _end(self, packet) -> float | None:
@@ -276,12 +280,15 @@ class SoundReader:
     def _packets_of(self, low: float, high: float):
         """The packets of the part and of the lead before it, then None."""
         self._seek(low)
+        self._ended = False
         for packet in self._packets(self._stream):
             begin, end = self._second(packet.pts), self._end(packet)
             if begin is not None and begin >= high + EDGE_SECONDS:
                 break
             if end is None or end >= low - _LEAD_SECONDS:
                 yield packet
+        else:
+            self._ended = True  # of the file, not of the part
         yield None
 
     def _seek(self, low: float) -> None:

@@ -279,8 +279,10 @@ def test_damage_is_an_error_where_it_is_and_nowhere_else(tmp_path):
     assert caught.value.reason == "bad_sound"
     assert len(read_sound(data, end=4.5).samples) == 72000
     assert len(read_sound(data, start=6.0, end=8.0).samples) == 32000
-    with pytest.raises(BadVideo, match="bad_sound"):
-        read_sound(data, start=4.8, end=5.2)
+    assert len(read_sound(data, start=5.3, end=8.0).samples) == 43200  # only the lead is damaged
+    for end in (5.05, 5.2):
+        with pytest.raises(BadVideo, match="bad_sound"):
+            read_sound(data, start=4.8, end=end)
     with VideoReader(data) as reader:  # the pictures are as good as ever
         assert reader.frames([0, 99]).any()
 
@@ -332,6 +334,14 @@ def test_a_file_cut_short_has_less_sound(tmp_path):
     whole, cut = read_sound(data), read_sound(data[: len(data) * 6 // 10])
     assert 5 < len(cut.samples) / 16000 < 7
     np.testing.assert_array_equal(cut.samples, whole.samples[: len(cut.samples)])
+
+
+def test_half_a_packet_at_the_end_is_a_cut(tmp_path):
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 16128))  # 14 packets
+    path = write_sound_file(str(tmp_path / "x.mp4"), wave, codec="flac")
+    assert len(read_sound(damaged(path, 0.9)).samples) == 13 * 1152
+    with pytest.raises(BadVideo, match="bad_sound.*2 damaged packets"):
+        read_sound(damaged(path, 0.9 - 0.072, 3000))
 
 
 def test_numbers_that_are_none_are_an_error(tmp_path):
