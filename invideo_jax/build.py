@@ -142,6 +142,14 @@ def tokenizer_folder(workdir: pathlib.Path, stage_name: str) -> pathlib.Path:
     return workdir / "tokenizer" / stage_name
 
 
+def use_kept_tokenizers(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Names in the config of a run the tokenizers that the run keeps, in place: the files it names may be gone."""
+    for name, stage in config.stages.items():
+        folder = tokenizer_folder(workdir, name)
+        if "text" in stage and folder.is_dir():
+            stage.text.tokenizer = str(folder)
+
+
 def train_loader(
     config: ml_collections.ConfigDict,
     made: Program,

@@ -12,18 +12,26 @@ from typing import Any
 
 import ml_collections
 
-from invideo_jax import build, masking, optim, programs
+from invideo_jax import build, masking, optim, pairs, programs
 from invideo_jax import config as config_lib
+from invideo_jax.data import captions
 from invideo_jax.errors import UserError
 from invideo_jax.evals import EVALUATORS
 from invideo_jax.handover.matching import INFLATE
-from invideo_jax.models import classifier, layers, pixels
+from invideo_jax.models import (
+    audio_encoder,
+    classifier,
+    layers,
+    pixels,
+    text_towers,
+    video_encoder,
+)
 from invideo_jax.models import fusion as fusion_models
 from invideo_jax.models.teachers import TEACHERS
-from invideo_jax.programs import base, fusion
+from invideo_jax.programs import base, contrastive, fusion
 from invideo_jax.registry import nearest
 from invideo_jax.stages import Duration
-from invideo_jax.steps import latent
+from invideo_jax.steps import latent, positives
 
 Rule = tuple[str, Callable[[Any], bool], str]
 
@@ -74,6 +82,24 @@ RULES: tuple[Rule, ...] = (
     ("stages.*.fusion.modules", *_COUNT),
     ("stages.*.fusion.heads", *_COUNT),
     ("stages.*.multimodal.frames", *_COUNT),
+    ("stages.*.mask.video", *_SHARE),
+    ("stages.*.mask.image", *_SHARE),
+    ("stages.*.text.length", *_COUNT),
+    ("stages.*.text.vocabulary", *_COUNT),
+    ("stages.*.text.min_words", *_NOT_NEGATIVE),
+    ("stages.*.text_tower.dropout", *_SHARE),
+    ("stages.*.audio.seconds", *_POSITIVE),
+    ("stages.*.audio.mels", *_COUNT),
+    ("stages.*.shared.width", *_COUNT),
+    ("stages.*.shared.fusion_width", *_NOT_NEGATIVE),
+    ("stages.*.shared.temperature", *_POSITIVE),
+    ("stages.*.shared.coldest", *_POSITIVE),
+    ("stages.*.shared.warmest", *_NOT_NEGATIVE),
+    ("stages.*.losses.*", *_NOT_NEGATIVE),
+    ("stages.*.contrast.chunk", *_COUNT),
+    ("stages.*.contrast.gradient_factor", *_POSITIVE),
+    ("stages.*.words.*", *_PROBABILITY),
+    ("stages.*.negatives.floor", *_NOT_NEGATIVE),
     ("stages.*.optimizer.learning_rate", *_POSITIVE),
     ("stages.*.optimizer.scale_by_batch", *_NOT_NEGATIVE),
     ("stages.*.optimizer.b1", *_SHARE),
@@ -145,6 +171,15 @@ def choices() -> dict[str, tuple[str, ...]]:
         "stages.*.teachers.*.name": ("", *TEACHERS),
         "stages.*.multimodal.name": tuple(fusion.MULTIMODAL),
         "stages.*.fusion.reading": tuple(fusion_models.READINGS),
+        "stages.*.text_tower.name": tuple(text_towers.KINDS),
+        "stages.*.audio.name": ("", *audio_encoder.KINDS),
+        "stages.*.shared.projection": contrastive.PROJECTIONS,
+        "stages.*.contrast.kind": pairs.KINDS,
+        "stages.*.contrast.form": pairs.FORMS,
+        "stages.*.contrast.positives": positives.KINDS,
+        "stages.*.negatives.kind": ("hard", "uniform"),
+        "stages.*.image_positions": video_encoder.IMAGE_POSITIONS,
+        "stages.*.text.normalise": captions.NORMALISE,
         "stages.*.init.inflate": ("", *INFLATE),
         "stages.*.objective": tuple(kind.split("/")[1] for kind in programs.PROGRAMS),
         "stages.*.normalisation": tuple(pixels.NORMALISATION),
@@ -209,9 +244,12 @@ def _whole_run(config: ml_collections.ConfigDict) -> Iterator[str]:
             "checkpoint.best must be a result of an evaluator, as 'reconstruction/loss'; got "
             f"checkpoint.best={config.checkpoint.best!r}.{nearest(best, config.evals)}"
         )
-    for name in config.evals:
+    for name, options in config.evals.items():
         if name not in EVALUATORS:
             yield f'evals has "{name}", which is no evaluator.{nearest(name, EVALUATORS)}'
+        for stage in options.get("stages", ()):
+            if stage not in config.stage_order:
+                yield f'evals.{name}.stages names "{stage}".{nearest(stage, config.stage_order)}'
     if not config.stage_order:
         yield "stage_order must name at least one stage; got stage_order=()."
     for name in config.stage_order:

@@ -471,6 +471,9 @@ class AudioViT(Sound, nn.Module):
             )
 
 
+KINDS = {"beats": (Beats, sizes.BEATS), "audio_vit": (AudioViT, sizes.AUDIO_VIT)}
+
+
 def build(kind: str, size: str, /, **overrides: Any) -> Beats | AudioViT:
     """The model of a row of `sizes.BEATS` (kind 'beats') or `sizes.AUDIO_VIT` ('audio_vit').
 
@@ -480,12 +483,11 @@ def build(kind: str, size: str, /, **overrides: Any) -> Beats | AudioViT:
     Raises:
         UserError: unknown kind or size. TypeError: unknown attribute.
     """
-    kinds = {"beats": (Beats, sizes.BEATS), "audio_vit": (AudioViT, sizes.AUDIO_VIT)}
-    if kind not in kinds:
+    if kind not in KINDS:
         raise UserError(
-            f"The audio tower must be of a known kind; got kind={kind!r}.{nearest(kind, kinds)}"
+            f"The audio tower must be of a known kind; got kind={kind!r}.{nearest(kind, KINDS)}"
         )
-    model, table = kinds[kind]
+    model, table = KINDS[kind]
     row = dataclasses.asdict(sizes.row(table, size))
     del row["params"]
     return model(**(row | overrides))

@@ -21,6 +21,7 @@ from invideo_jax.steps.update import in_parts, named_averages
 
 Config = ml_collections.ConfigDict
 
+PROJECTIONS = ("pool", "norm")
 VIEWS = ("video", "audio", "audio_video", "speech")
 
 
