@@ -134,6 +134,10 @@ def _check_loss(name: str, model: nn.Module, slots, words, ratios) -> None:
     if kind in ("match", "words"):
         fuses = hasattr(model, "match") and text.fusion_from < text.depth
         need(fuses, "a text tower with fusion blocks", "Lower fusion_from below depth")
+    if kind == "match":
+        need(view in model.views, f"a matching head for the view {view}", "Name it in views")
+    if view == "audio_video" and kind != "words":
+        need(model.joint, "an embedding of sound and video together", "Set joint=True")
     if kind == "words":
         need(text.word_head, "a text tower with a head for words", "Set word_head")
         need(words["mask"] is not None, "a tokenizer with a mask word", "Take another tokenizer")

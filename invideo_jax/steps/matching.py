@@ -57,9 +57,9 @@ def scores(
     pass: memory is for one piece.
 
     Args:
-        match: (tokens of texts, their validity, tokens of clips, keys) -> [n, 2].
+        match: (tokens of texts, their validity, clips, keys) -> [n, 2].
         texts: tokens [B, L, D] and validity [B, L].
-        clips: tokens of the towers that there are, [B, N, D] each.
+        clips: a tree of what is known of each clip, [B, ...] each.
         keys: [B] random keys of dropout, or None.
         parts: divides B.
         form: of `pairs.take_rows`.

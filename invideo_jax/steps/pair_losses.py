@@ -103,9 +103,10 @@ class Objective:
             train: whether there is dropout; masks there always are.
 
         Returns:
-            'video', 'audio', 'audio_video', 'text_<slot>': embeddings [B, P]; with '/tokens' behind it
-            tokens, where pairs are matched; the name of a loss of words or of a teacher: its sum over a
-            row, [B]; '<loss>/words': number of words predicted, [B].
+            'video', 'audio', 'audio_video', 'text_<slot>': embeddings [B, P]; where pairs are matched,
+            with '/tokens' behind it tokens, with '/seen' 1 for those that texts may look at; the name
+            of a loss of words or of a teacher: its sum over a row, [B]; '<loss>/words': number of
+            words predicted, [B]. All floating point.
         """
         run = functools.partial(self._apply, params)
         random = keys if train else None
@@ -121,7 +122,9 @@ class Objective:
         for name in self._sides("pairs", "match"):
             found[name] = made[name]["embedding"]
         for name in self._sides("match"):
-            if name != "audio_video":
+            if name in ("video", "audio"):
+                found |= {f"{name}/{k}": v for k, v in self._side(made[name]).items()}
+            elif name != "audio_video":
                 found[f"{name}/tokens"] = made[name]["tokens"]
         return on_rows(found)
 
@@ -173,18 +176,22 @@ class Objective:
         draws = draw_words(fold(fold(keys, _WORDS), use), length=ids.shape[1], **options)
         shown, chosen = mask_words(ids, draws, **special)
         chosen = chosen & valid
-        context = self._context(
-            run, view, {k: v["tokens"] for k, v in made.items() if "tokens" in v}
-        )
-        logits = run("words", shown, valid, context, keys=fold(fold(random, _FUSED_WORDS), use))
+        sides = {side: self._side(made[side]) for side in SIDES[view]}
+        own = fold(fold(random, _FUSED_WORDS), use)
+        logits = run("words", shown, valid, *self._context(run, sides), keys=own)
         sums = jax.vmap(losses.cross_entropy)(logits, ids, chosen)
         return {name: sums.total, f"{name}/words": jax.lax.stop_gradient(sums.weight)}
 
-    def _context(self, run, view: str, tokens: Mapping[str, jax.Array]) -> jax.Array:
-        """Tokens that the fusion blocks look at."""
-        return run(
-            "context", *(tokens[k] if k in SIDES[view] else None for k in ("video", "audio"))
-        )
+    def _side(self, made: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Tokens of a tower, and 1 or 0 for those that texts may look at and those that they may not."""
+        seen = made["seen"] if "seen" in made else jnp.ones(made["tokens"].shape[:2], bool)
+        return {"tokens": made["tokens"], "seen": seen.astype(made["tokens"].dtype)}
+
+    def _context(self, run, sides: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, ...]:
+        """Tokens of these sides that fusion blocks look at, sound first, and which of them are real."""
+        tokens = (sides[k]["tokens"] if k in sides else None for k in ("video", "audio"))
+        seen = [sides[k]["seen"] > 0 for k in ("audio", "video") if k in sides]
+        return run("context", *tokens), jnp.concatenate(seen, axis=1)
 
     def _teach(self, video: Mapping[str, jax.Array]) -> jax.Array:
         """The weighted sum of a row's alignments with a teacher."""
@@ -284,12 +291,12 @@ class Objective:
         negatives = matching.draw(fold(fold(keys, _NEGATIVES), use), clips, texts, **options)
 
         def match(tokens, real, clips, keys):
-            return run("match", tokens, real, self._context(run, view, clips), view=view, keys=keys)
+            return run("match", tokens, real, *self._context(run, clips), view=view, keys=keys)
 
         scores = matching.scores(
             match,
             (encoded[f"text_{slot}/tokens"], batch[f"text_{slot}_valid"].astype(bool)),
-            {side: encoded[f"{side}/tokens"] for side in SIDES[view]},
+            {s: {k: encoded[f"{s}/{k}"] for k in ("tokens", "seen")} for s in SIDES[view]},
             negatives,
             keys=fold(fold(keys, _MATCH), use) if train else None,
             parts=self.match_parts,
