@@ -115,7 +115,8 @@ def fit(params: PyTree, made: Program, before: Program, mesh: jax.sharding.Mesh)
         old_grid=before.encoder.grid,
         key=f"stages.{made.stage.name}.init",
     )
-    print(f"note: clips differ from those of the run; {table.summary()}")
+    changed = [row.path for row in table.rows if row.transform != "copy"]
+    print(f"note: clips are of another size than in the run; interpolated: {', '.join(changed)}")
     with sharding.use(mesh):
         moved = handover.apply(table, source.__getitem__, made.init_params)
     rest: Mapping[str, Any] = {name: x for name, x in params.items() if name not in moved}
