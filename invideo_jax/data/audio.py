@@ -245,6 +245,5 @@ def _mel_weights(rate: int, padded: int, mels: int, low: float) -> np.ndarray:
     rising = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - at) / (edges[2:] - edges[1:-1])
     weights = np.maximum(0, np.minimum(rising, falling))
-    weights[-1] = 0  # half the rate itself is outside
     weights.setflags(write=False)
     return weights

@@ -1,5 +1,7 @@
 """Sound arrives on the clock of the pictures whatever its kind; damage is an error, absence is None."""
 
+import io
+
 import av
 import numpy as np
 import pytest
@@ -141,6 +143,11 @@ def test_sound_that_starts_late_has_silence_before(tmp_path, name):
     )
     sound = read_sound(path)
     np.testing.assert_allclose(starts(sound), [1.0], atol=1.1e-3)
+    with SoundReader(path) as reader:  # Matroska tells when it ends, not how long it is
+        begin, end = reader.extent()
+        assert begin == pytest.approx(0.75, abs=0.07) and 1.74 < end < (
+            2.01 if "mkv" in name else 1.85
+        )
     if codec == "flac":
         assert len(sound.samples) == 28000 and sound.real == 16000
         assert not sound.samples[:12000].any()
@@ -207,6 +214,52 @@ def test_second_zero_is_that_of_the_frames(tmp_path, name):
         assert sound._origin == pytest.approx(origin, abs=1e-9)
     with VideoReader(path, start=0.5) as video:
         assert float(video._origin * video._stream.time_base) == pytest.approx(origin, abs=1e-9)
+
+
+def test_second_zero_of_a_trimmed_file(tmp_path):
+    """An edit list hides the first pictures, the keyframe among them."""
+    path = str(tmp_path / "x.mp4")
+    write(path, frames=30, first=-200, audio="first")
+    with VideoReader(path) as video, SoundReader(path) as sound:
+        assert len(video) == 25 and video._origin == 0 and sound._origin == 0.0
+
+
+def test_second_zero_of_a_broadcast_cut_out(tmp_path):
+    """Pictures before the first keyframe are not shown, and so do not start the clock."""
+    write(str(tmp_path / "x.ts"), frames=40, audio="first", options={"bf": "2"})
+    data = (tmp_path / "x.ts").read_bytes()
+    data = data[188 * (len(data) // 188 // 3) :]
+    with VideoReader(data) as video, SoundReader(data) as sound:
+        origin = float(video._origin * video._stream.time_base)
+        assert sound._origin == pytest.approx(origin, abs=1e-9)
+    with av.open(io.BytesIO(data)) as container:
+        first = min(p.pts * p.time_base for p in container.demux(video=0) if p.pts is not None)
+    assert float(first) < origin - 0.02
+
+
+class LandsLate:
+    """A container whose seeks end two seconds behind where they should."""
+
+    def __init__(self, container):
+        self.container = container
+
+    def seek(self, target, stream):
+        self.container.seek(target + round(2 / stream.time_base), stream=stream)
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+
+def test_a_seek_that_lands_late_is_not_trusted(tmp_path):
+    path = write_sound_file(
+        str(tmp_path / "x.mp4"), tone(8.0, 440, 16000), codec="flac", seconds=8.0
+    )
+    with SoundReader(path) as reader:
+        wanted = reader.read(3.0, 6.0, 16000).samples
+        reader._container = LandsLate(reader._container)
+        found = reader.read(3.0, 6.0, 16000)
+    np.testing.assert_array_equal(found.samples, wanted)
+    assert found.real == 48000
 
 
 @pytest.mark.parametrize(
