@@ -1,15 +1,17 @@
 """Stages that align video with text, sound and speech: InternVideo2's second stage, CLIP, ViCLIP."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from invideo_jax.data.audio import AudioSpec
-from invideo_jax.data.captions import CaptionRule
+from invideo_jax.data.captions import CaptionRule, normalise_caption
 from invideo_jax.data.modalities import Modalities, TextSpec
 from invideo_jax.errors import UserError
 from invideo_jax.models import alignment, audio_encoder, stage2, text_towers, video_clip
@@ -47,6 +49,15 @@ def modalities(config: Config, stage_name: str) -> Modalities:
     return Modalities(spec, audio_spec(config, stage_name))
 
 
+def query_tokens(
+    config: Config, stage_name: str
+) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
+    """Tokens of texts that an evaluation or a search asks for, written as the texts of training are."""
+    text, spec = config.stages[stage_name].text, modalities(config, stage_name).text
+    written = normalise_caption if text.normalise else str
+    return lambda texts: spec.tokens([written(t) for t in texts])
+
+
 def model(
     config: Config, stage_name: str, *, dtype: jnp.dtype | None = None
 ) -> stage2.Stage2 | video_clip.VideoClip:
@@ -61,13 +72,15 @@ def model(
     )
     tower = stage.text_tower
     own = {name: value for name, value in tower.to_dict().items() if name not in ("name", "size")}
-    text = text_towers.build(
-        tower.name, tower.size, vocabulary=stage.text.vocabulary, **own, **running
-    )
+    own |= dict(vocabulary=stage.text.vocabulary)
     if stage.objective == "towers":
-        vision = _projected(encoder, shared)
+        vision = _projected(encoder, stage_name, shared)
+        text = text_towers.build(
+            tower.name, tower.size, output_width=vision.width, **own, **running
+        )
         made = video_clip.VideoClip(vision, text, logarithmic=shared.logarithmic, **named)
     else:
+        text = text_towers.build(tower.name, tower.size, **own, **running)
         audio = None
         if stage.audio.name:
             audio = audio_encoder.build(
@@ -95,9 +108,14 @@ def _encoder(config: Config, stage_name: str, *, dtype: jnp.dtype | None = None)
     return base.encoder(config, stage_name, dtype=dtype, **more)
 
 
-def _projected(encoder: nn.Module, shared: Config) -> nn.Module:
+def _projected(encoder: nn.Module, stage_name: str, shared: Config) -> nn.Module:
     if shared.projection == "norm":
         return alignment.ProjectedEncoder(encoder, shared.width)
+    if shared.width:
+        raise UserError(
+            f"With projection='pool' the shared space is as wide as the encoder's pool; got stages.{stage_name}."
+            f"shared.width={shared.width}. Set it to 0, or use projection='norm'."
+        )
     return video_clip.PooledEncoder(encoder)
 
 
@@ -189,7 +207,7 @@ def program(config: Config, stage: Stage) -> base.Program:
         visible_tokens=visible_count(encoder, options.mask.to_dict()) + encoder.prefix,
         flops_per_clip=0,
         modalities=loads,
-        towers=contrastive.make_towers(made, loads.text.tokens),
+        towers=contrastive.make_towers(made, query_tokens(config, stage.name)),
         teacher=_teacher(config, stage, encoder) if options.losses.uta else None,
     )
     traced = contrastive.make_loss(stage_key=key, **loss)
