@@ -124,7 +124,7 @@ class Embedder:
         for batch, embedding, real in self.batches(params, batches):
             made.append(embedding)
             owners.append(np.where(real, to_host(batch["position"]).astype(np.int64), -1))
-        return Rows(_stack(*made), np.stack(owners).astype(np.int32))
+        return Rows(_stack(*made), np.stack(owners).astype(np.int32)[..., None])
 
     def texts(self, params: Any, texts: Sequence[str]) -> Rows:
         """Texts; the owner is their place in the list. There must be one."""
@@ -132,7 +132,7 @@ class Embedder:
         made = []
         for start in range(0, len(texts), rows):
             made.append(self._text(params, *self.tokens(texts[start : start + rows], rows)))
-        owner = np.arange(len(made) * rows, dtype=np.int32).reshape(-1, rows)
+        owner = np.arange(len(made) * rows, dtype=np.int32).reshape(-1, rows, 1)
         return Rows(_stack(*made), np.where(owner < len(texts), owner, -1))
 
     def tokens(self, texts: Sequence[str], rows: int) -> tuple[jax.Array, jax.Array]:
@@ -154,4 +154,4 @@ _stack = jax.jit(lambda *blocks: jnp.stack(blocks))
 
 def on_host(rows: Rows) -> np.ndarray:
     """The embeddings of the rows that count, in their order, float32 [rows, P]."""
-    return to_host(rows.embedding)[rows.owner >= 0]
+    return to_host(rows.embedding)[rows.real]

@@ -1,8 +1,8 @@
 """Ranks of right items among wrong ones: recall, median rank, dual softmax, re-ranking.
 
-An item of the gallery is right for a query where both have the same owner, the number of their example;
-so a video may have several captions, and a text several videos. The rank of a query is that of its best
-right item. The scores of all pairs are made block by block, one batch of queries against the whole
+An item of the gallery is right for a query where both have an owner in common, which is the number of
+their example; so a video may have several captions, and a text several videos. The rank of a query is
+that of its best right item. The scores of all pairs are made block by block, one batch of queries against the whole
 gallery, which lies spread over the devices: no device holds [queries, gallery].
 
 Ties are neither luck nor success. Items of equal score count as if in random order, and what is given is
@@ -51,11 +51,17 @@ class Rows(NamedTuple):
 
     Attributes:
         embedding: float32 [n, B, P].
-        owner: int32 [n, B] on the host, the number of the example; -1: a row that does not count.
+        owner: int32 [n, B, C] on the host, whose each row is: up to C numbers, the real ones first, then
+            -1; a row without one does not count.
     """
 
     embedding: jax.Array
     owner: np.ndarray
+
+    @property
+    def real(self) -> np.ndarray:
+        """Which rows count, bool [n, B]."""
+        return self.owner[..., 0] >= 0
 
 
 # ------------------------------------------------------------------------------ from scores to ranks
@@ -68,16 +74,18 @@ def standings(scores: Array, query_owner: Array, owner: Array, *, tie: float = T
 
     Args:
         scores: [Q, ...gallery].
-        query_owner: int [Q].
-        owner: int [...gallery]; -1: no item.
+        query_owner: int [Q, C], or [Q].
+        owner: int [...gallery, C], or [...gallery]; -1 first: no item.
         tie: largest difference of equal scores, relative to the right one.
     """
     xp = jnp if isinstance(scores, jax.Array) else np
     wide = (slice(None), *(None,) * (scores.ndim - 1))
     axes = tuple(range(1, scores.ndim))
     query_owner, owner = xp.asarray(query_owner), xp.asarray(owner)
-    item = (owner >= 0)[None]
-    right = (owner[None] == query_owner[wide]) & item
+    query_owner = query_owner if query_owner.ndim == 2 else query_owner[:, None]
+    owner = owner if owner.ndim == scores.ndim else owner[..., None]
+    item = (owner[..., 0] >= 0)[None]
+    right = overlap(query_owner[wide], owner[None])
     scores = xp.where(xp.isnan(scores), -xp.inf, scores)
     best = xp.where(right, scores, -xp.inf).max(axes)
     slack = xp.where(xp.isfinite(best), tie * abs(best), 0)
@@ -90,6 +98,11 @@ def standings(scores: Array, query_owner: Array, owner: Array, *, tie: float = T
         right=count(right),
         items=count(xp.broadcast_to(item, scores.shape)),
     )
+
+
+def overlap(a: Array, b: Array) -> Array:
+    """Whether two rows have an owner in common: [..., C] and [..., C'] to bool [...]; -1 is none."""
+    return ((a[..., :, None] == b[..., None, :]) & (a[..., :, None] >= 0)).any((-2, -1))
 
 
 def rerank_standings(
@@ -171,7 +184,7 @@ def rank(queries: Rows, gallery: Rows, *, dual_softmax: float | None = None) -> 
     """
     found = _rank(queries.embedding, queries.owner, *gallery, dual_softmax)
     found = Standing(*(to_host(x).reshape(-1) for x in found))
-    kept = (queries.owner.reshape(-1) >= 0) & (found.right > 0)
+    kept = queries.real.reshape(-1) & (found.right > 0)
     return Standing(*(x[kept] for x in found))
 
 
@@ -201,7 +214,7 @@ def _log_sums(queries, query_owner, gallery, temperature) -> jax.Array:
     def add(total, block):
         query, owner = block
         powers = _cosines(query, gallery) / temperature
-        powers = jnp.where((owner >= 0)[:, None, None], powers, -jnp.inf)
+        powers = jnp.where((owner[:, 0] >= 0)[:, None, None], powers, -jnp.inf)
         return jnp.logaddexp(total, jax.nn.logsumexp(powers, axis=0)), None
 
     start = jnp.full(gallery.shape[:2], -jnp.inf, gallery.dtype)
@@ -209,7 +222,7 @@ def _log_sums(queries, query_owner, gallery, temperature) -> jax.Array:
 
 
 def _map_scores(function, queries, query_owner, gallery, temperature):
-    """function(scores [B, n, B'], owner [B]) for each block of queries."""
+    """function(scores [B, n, B'], owner [B, C]) for each block of queries."""
     sums = None if temperature is None else _log_sums(queries, query_owner, gallery, temperature)
 
     def block(args):
@@ -234,7 +247,7 @@ def _rank(queries, query_owner, gallery, owner, temperature):
 def _top(queries, query_owner, gallery, owner, temperature, k):
     def best(scores, _):
         known = jnp.where(jnp.isnan(scores), -jnp.finfo(scores.dtype).max, scores)
-        known = jnp.where((owner >= 0)[None], known, -jnp.inf)
+        known = jnp.where((owner[..., 0] >= 0)[None], known, -jnp.inf)
         return jax.lax.top_k(known.reshape(len(scores), -1), k)[1]
 
     return _map_scores(best, queries, query_owner, gallery, temperature)

@@ -15,7 +15,12 @@ from invideo_jax.evals.embed import Embedder, place, texts_of, towers_of, whole_
 from invideo_jax.evals.ranking import Rows, Standing
 from invideo_jax.registry import nearest
 
-CAPTIONS = ("all", "first", "joined")
+# What becomes of the texts of an example.
+CAPTIONS = {
+    "all": lambda texts: texts,
+    "first": lambda texts: texts[:1],
+    "joined": lambda texts: (" ".join(texts),) if texts else (),
+}
 
 
 class Evaluator:
@@ -34,6 +39,8 @@ class Evaluator:
         gallery: 'video', 'audio' or 'audio_video', what texts are paired with.
         captions: of an example with several, 'all' (each is a query; of a video the best ranked one
             counts), the 'first', or 'joined' by spaces (the paragraph protocol of DiDeMo and ActivityNet).
+        same_text: whether a text is right for every example that has the very same one, and not for its own
+            alone, as published.
         dual_softmax: whether its recall is given too.
         temperature: of the dual softmax; published: 1.
         rerank: how many candidates of each query the fusion layers judge (published: 128); 0: none.
@@ -53,6 +60,7 @@ class Evaluator:
         text: str,
         gallery: str,
         captions: str,
+        same_text: bool,
         dual_softmax: bool,
         temperature: float,
         rerank: int,
@@ -61,6 +69,7 @@ class Evaluator:
     ):
         self.given, self.examples = given, examples
         self.text, self.gallery, self.captions = text, gallery, captions
+        self.same_text = same_text
         self.temperature = temperature if dual_softmax else None
         self.candidates = rerank
         self.choose_by = temperature if use_dsl_for_match else None
@@ -74,14 +83,21 @@ class Evaluator:
             self.given, "retrieval", examples=self.examples, of="held_out", kind=self.text
         )
         videos = self.embedder.videos(params, self._batches())
+        listed = [CAPTIONS[self.captions](texts) for texts in listed]
         videos = videos._replace(owner=without_texts(videos.owner, listed))
-        sentences, owners = flat(listed, videos.owner, self.captions)
+        shown = np.unique(videos.owner[videos.real])
+        sentences = [text for i in shown for text in listed[i]]
         if not sentences:
             raise UserError(
                 f"Retrieval needs videos that have {self.gallery} and texts of the kind {self.text!r}; got "
                 "none. See bad_examples.jsonl, ask for another kind, or take it out of the recipe's evals."
             )
         texts = self.embedder.texts(params, sentences)
+        if self.same_text:
+            owners, of_examples = owners_by_text(listed, shown)
+            videos = videos._replace(owner=of_examples[videos.owner[..., 0]])
+        else:
+            owners = np.repeat(shown, [len(listed[i]) for i in shown])
         texts = texts._replace(owner=np.where(texts.owner >= 0, owners[texts.owner], -1))
         both = self._both_ways(texts, videos, None)
         yield from self._measures(both, "")
@@ -89,7 +105,13 @@ class Evaluator:
             yield from self._measures(self._both_ways(texts, videos, self.temperature), "_dsl")
         if self.candidates:
             found = self.judge.rerank(
-                params, self._batches(), texts, videos, sentences, self.candidates, self.choose_by
+                params,
+                self._batches(),
+                (texts, videos),
+                both,
+                sentences,
+                self.candidates,
+                self.choose_by,
             )
             yield from self._measures(found, "_rerank")
         yield "chance_r1", ranking.chance(both[0])
@@ -118,6 +140,7 @@ def make(
     text: str = "video",
     gallery: str = "video",
     captions: str = "all",
+    same_text: bool = False,
     dual_softmax: bool = False,
     temperature: float = 1.0,
     rerank: int = 0,
@@ -146,6 +169,7 @@ def make(
         text=text,
         gallery=gallery,
         captions=captions,
+        same_text=same_text,
         dual_softmax=dual_softmax,
         temperature=temperature,
         rerank=rerank,
@@ -166,13 +190,21 @@ def without_texts(owner: np.ndarray, listed: Sequence[tuple[str, ...]]) -> np.nd
     return np.where(known & has[np.where(known, owner, 0)], owner, -1)
 
 
-def flat(
-    listed: Sequence[tuple[str, ...]], owner: np.ndarray, captions: str
-) -> tuple[list[str], np.ndarray]:
-    """The texts of the examples that count, one after the other, and whose each is, int32."""
-    cut = {"all": tuple, "first": lambda texts: texts[:1], "joined": lambda t: (" ".join(t),)}
-    pairs = [(text, i) for i in sorted(set(owner[owner >= 0])) for text in cut[captions](listed[i])]
-    return [text for text, _ in pairs], np.array([i for _, i in pairs], np.int32)
+def owners_by_text(
+    listed: Sequence[tuple[str, ...]], shown: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Owners where equal texts belong to the same examples: a number for each different text.
+
+    Returns:
+        Of the texts of `shown` one after the other, int32 [texts]; of the examples, int32 [examples + 1, C],
+        of which the last has none.
+    """
+    number: dict[str, int] = {}
+    owners = [[number.setdefault(text, len(number)) for text in listed[i]] for i in shown]
+    table = np.full((len(listed) + 1, max(map(len, owners))), -1, np.int32)
+    for i, own in zip(shown, owners):
+        table[i, : len(own)] = own
+    return np.concatenate(owners).astype(np.int32), table
 
 
 class Judge:
@@ -221,32 +253,42 @@ class Judge:
         return to_host(self._match(params, ids, valid, tokens, row))[: len(pairs)]
 
     def rerank(
-        self, params, batches, texts: Rows, videos: Rows, sentences, k: int, dual_softmax
+        self,
+        params: Any,
+        batches: Iterator[Mapping],
+        rows: tuple[Rows, Rows],
+        before: tuple[Standing, Standing],
+        sentences: Sequence[str],
+        k: int,
+        dual_softmax: float | None,
     ) -> tuple[Standing, Standing]:
-        """Standings of texts among videos, and of videos among texts, by the scores of the k best pairs."""
-        flat_owner = texts.owner.reshape(-1), videos.owner.reshape(-1)
-        counts = [owner >= 0 for owner in flat_owner]
+        """Standings of texts among videos, and of videos among texts, by the scores of the k best pairs.
+
+        Args:
+            rows: texts, and videos.
+            before: their standings by cosine.
+            dual_softmax: as of `ranking.rank`; how candidates are chosen.
+        """
         ways = []
-        for queries, gallery, at in ((texts, videos, 0), (videos, texts, 1)):
-            top = min(k, int(counts[1 - at].sum()))
-            chosen = ranking.top(queries, gallery, top, dual_softmax=dual_softmax)[counts[at]]
-            asked = np.broadcast_to(np.flatnonzero(counts[at])[:, None], chosen.shape)
-            ways.append(np.stack([chosen, asked] if at == 0 else [asked, chosen], axis=-1))
-        # One list of all pairs, of which those that both ways ask for are judged once.
-        pairs, place_of = np.unique(
-            np.concatenate([way.reshape(-1, 2) for way in ways]), axis=0, return_inverse=True
-        )
+        for at, standing in enumerate(before):
+            top = min(k, int(standing.items[0]))
+            asked = rows[at].real.reshape(-1)
+            chosen = ranking.top(rows[at], rows[1 - at], top, dual_softmax=dual_softmax)[asked]
+            asked = np.broadcast_to(np.flatnonzero(asked)[:, None], chosen.shape)
+            video, text = (chosen, asked) if at == 0 else (asked, chosen)
+            ways.append(np.stack([video, text], axis=-1))
+        # One list of all pairs: those that both ways ask for are judged once.
+        every = np.concatenate([way.reshape(-1, 2) for way in ways])
+        pairs, place_of = np.unique(every, axis=0, return_inverse=True)
         scores = self.scores(params, batches, sentences, pairs)[place_of.reshape(-1)]
         parts = np.split(scores, [ways[0][..., 0].size])
+        text, video = (x.owner.reshape(-1, x.owner.shape[-1]) for x in rows)
         return tuple(
-            self._standing(way, part.reshape(way.shape[:2]), flat_owner, at)
-            for at, (way, part) in enumerate(zip(ways, parts))
-        )
-
-    def _standing(self, way, match, flat_owner, at: int) -> Standing:
-        text, video = flat_owner[0][way[..., 1]], flat_owner[1][way[..., 0]]
-        asked, among = (flat_owner[i][flat_owner[i] >= 0] for i in (at, 1 - at))
-        number = np.bincount(among, minlength=asked.max() + 1)
-        return ranking.rerank_standings(
-            match, text == video, all_right=number[asked], items=len(among)
+            ranking.rerank_standings(
+                part.reshape(way.shape[:2]),
+                ranking.overlap(text[way[..., 1]], video[way[..., 0]]),
+                all_right=standing.right,
+                items=int(standing.items[0]),
+            )
+            for way, part, standing in zip(ways, parts, before)
         )

@@ -20,7 +20,7 @@ def rows_of(vectors, owner, rows=8):
     spare = n * rows - len(vectors)
     made = np.pad(np.float32(vectors), ((0, spare), (0, 0)), constant_values=7.0)
     owner = np.pad(np.int32(owner), (0, spare), constant_values=-1)
-    return Rows(jnp.asarray(made.reshape(n, rows, -1)), owner.reshape(n, rows))
+    return Rows(jnp.asarray(made.reshape(n, rows, -1)), owner.reshape(n, rows, 1))
 
 
 def unit(x):
@@ -193,6 +193,17 @@ def test_duplicated_examples_are_all_right():
     scores = np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
     found = ranking.standings(scores, np.array([0, 5]), np.array([0, 0, 5]))
     np.testing.assert_array_equal(ranking.expected_rank(found), [1, 3])
+
+
+def test_owners_may_be_several():
+    """Query 0 has two; item 2 belongs to one of them, item 1 to the other and to somebody else."""
+    scores = np.array([[0.9, 0.5, 0.7, 0.8], [0.9, 0.5, 0.7, 0.8]])
+    owner = np.array([[3, -1], [9, 0], [1, -1], [-1, -1]])
+    for xp in (np, jnp):
+        found = ranking.standings(xp.asarray(scores), np.array([[0, 1], [3, -1]]), owner)
+        np.testing.assert_array_equal(ranking.expected_rank(found), [2, 1])
+        np.testing.assert_array_equal(found.right, [2, 1])
+        np.testing.assert_array_equal(found.items, [3, 3])
 
 
 def test_recall_agrees_with_scikit_learn():

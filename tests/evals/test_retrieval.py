@@ -111,6 +111,34 @@ def test_captions_all_first_and_joined():
         assert found["texts"] == found["examples"] == 20
 
 
+@pytest.mark.parametrize("rerank", [0, 40])
+def test_the_same_text_of_several_clips(rerank):
+    """By choice all of them are right; also for each other's texts."""
+    features, listed, vectors = case()
+    listed = [(*ts, f"kind {i % 3}") if i != 4 else () for i, ts in enumerate(listed)]
+    vectors |= {f"kind {k}": RNG.normal(size=6) for k in range(3)}
+    cosine = lambda words, videos: jnp.sum(words * videos, axis=1)
+    towers = towers_of(Texts(vectors), match=cosine)
+    given = given_of(features, {"video": listed}, towers=towers)
+    kept = [i for i in range(21) if i != 4]
+    texts = [(t, i) for i in kept for t in listed[i]]
+    s = unit(np.stack([vectors[t] for t, _ in texts])) @ unit(features[kept]).T
+    right = np.array([[t in listed[i] for i in kept] for t, _ in texts])
+    best = lambda s, right: np.array(
+        [1 + (row > row[r].max() + 1e-9).sum() for row, r in zip(s, right)]
+    )
+    found = run(given, examples=21, same_text=True, rerank=rerank)
+    for end in ("", "_rerank")[: 1 + (rerank > 0)]:
+        assert found[f"text_video_mean_rank{end}"] == pytest.approx(best(s, right).mean())
+        back = best(s.T, right.T)
+        if not end:  # re-ranked, texts that are no candidates are tied
+            assert found["video_text_mean_rank"] == pytest.approx(back.mean())
+        assert found[f"video_text_r1{end}"] == pytest.approx(np.mean(back == 1))
+    strict = run(given, examples=21)
+    assert strict["text_video_mean_rank"] > found["text_video_mean_rank"]
+    assert strict["chance_r1"] == pytest.approx(1 / 20) and found["chance_r1"] > 0.1
+
+
 def test_a_model_that_says_the_same_of_all_is_at_chance():
     features, listed, vectors = case()
     same = Texts(dict.fromkeys(vectors, np.ones(6)))
