@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from invideo_jax import sharding
 from invideo_jax.errors import UserError
-from invideo_jax.models import pixels
+from invideo_jax.models import audio_encoder, pixels
 from invideo_jax.models.audio_encoder import AudioViT, Beats
 from invideo_jax.models.llama import LlamaText
 from invideo_jax.models.text_encoder import Bert, ClipText
@@ -34,7 +34,7 @@ MODELS = Registry(
         "final": "invideo_jax.models.alignment:FinalSpec",
         "projected": "invideo_jax.models.alignment:ProjectedEncoder",
         "classifier": "invideo_jax.models.classifier:Classifier",
-        "beats": "invideo_jax.models.audio_encoder:Beats",
+        "beats": "invideo_jax.models.beats:Beats",
         "audio_vit": "invideo_jax.models.audio_encoder:AudioViT",
         "stage2": "invideo_jax.models.stage2:Stage2",
         "video_clip": "invideo_jax.models.video_clip:VideoClip",
@@ -125,6 +125,8 @@ def init(model: nn.Module, key: jax.Array) -> PyTree:
     """Fresh parameters, each in a box with the logical names of its axes."""
     if type(model) is MODELS.get("video_mae_encoder"):
         return model.init(key, pixels.blank_video(model))["params"]
+    if isinstance(model, AUDIO):
+        return audio_encoder.init(model, key)
     return module_of(model).init(model, key)
 
 

@@ -11,7 +11,7 @@ import pytest
 from invideo_jax import sharding
 from invideo_jax.errors import UserError
 from invideo_jax.interop import models
-from invideo_jax.models import audio_encoder, sizes
+from invideo_jax.models import audio_encoder, beats, sizes
 from invideo_jax.models.audio_encoder import AudioViT, Beats
 
 SMALL = dict(width=16, depth=2, heads=2, mlp_width=24, patch=4, mels=8, scan=True)
@@ -92,7 +92,7 @@ def test_gated_positions_are_those_of_wavlm_where_queries_are_the_tokens():
         theirs.num_buckets, theirs.max_distance = settings
         row = torch.arange(tokens)
         want = theirs._relative_positions_bucket(row[None] - row[:, None])
-        found = audio_encoder.buckets_of(tokens, buckets=settings[0], max_distance=settings[1])
+        found = beats.buckets_of(tokens, buckets=settings[0], max_distance=settings[1])
         np.testing.assert_array_equal(found, want)
     theirs.num_buckets, theirs.max_distance = 320, 800
     x = np.random.default_rng(0).normal(size=(2, 9, 16)).astype(np.float32)
@@ -105,13 +105,13 @@ def test_gated_positions_are_those_of_wavlm_where_queries_are_the_tokens():
     names = dict(query="q_proj", key="k_proj", value="v_proj", out="out_proj")
     params = {ours: of(name) for ours, name in names.items()} | {"gate": of("gru_rel_pos_linear")}
     params["gate_scale"] = theirs.gru_rel_pos_const.detach().numpy().reshape(-1)
-    rows = audio_encoder.buckets_of(9, buckets=320, max_distance=800)
+    rows = beats.buckets_of(9, buckets=320, max_distance=800)
     bias = np.moveaxis(theirs.rel_attn_embed.weight.detach().numpy()[rows], -1, 0)[None]
     unit = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
     still = {"kernel": np.zeros((16, 8), np.float32), "bias": np.zeros(8, np.float32)}
     params |= {"norm1": unit, "norm2": unit, "up": still}
     params["down"] = {"kernel": np.zeros((8, 16), np.float32), "bias": np.zeros(16, np.float32)}
-    block = audio_encoder.BeatsBlock(2, 8)
+    block = beats.BeatsBlock(2, 8)
     found = jax.jit(lambda p: block.apply({"params": p}, x, bias=bias))(params)
     norm = lambda y: torch.nn.functional.layer_norm(y, (16,))
     want = norm(norm(torch.from_numpy(x) + want))
