@@ -64,8 +64,9 @@ def read(given: Given, file: pathlib.Path, layout: str) -> Given:
 
 
 def _with_our_activation(values: dict[str, Any]) -> dict[str, Any]:
-    names = {"activation": _OURS.get(values["activation"], values["activation"])}
-    return values | (names if "activation" in values else {})
+    if "activation" not in values:
+        return values
+    return values | {"activation": _OURS.get(values["activation"], values["activation"])}
 
 
 def _text(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
