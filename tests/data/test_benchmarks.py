@@ -453,6 +453,19 @@ def test_a_video_that_is_there_twice_is_told(folder):
     )
 
 
+def test_videos_behind_a_link_need_their_folder_allowed(folder, tmp_path):
+    real = Folder(tmp_path / "disk").videos("v0.mp4", "v1.mp4")
+    listed(folder, 2)
+    (folder.path / "linked").symlink_to(real.path / "videos")
+    with pytest.raises(
+        SourceError, match=f"2 are not .2 symlink.*--config.data.roots=.*{real.path}"
+    ):
+        folder.open("msrvtt_1k")
+    source = folder.open("msrvtt_1k", roots=[str(real.path)])
+    assert len(source) == 2 and source.notes == (), "found by both ways, and one file"
+    assert pathlib.Path(source[1]["path"]).samefile(real.path / "videos/v1.mp4")
+
+
 def test_the_absence_of_a_file_names_all_that_would_do(folder):
     folder.videos("v0.mp4")
     with pytest.raises(SourceError) as error:
@@ -530,6 +543,7 @@ def test_the_source_is_the_same_wherever_it_lies(folder, tmp_path):
     [
         ("a/b.avi.mp4", "b"),
         ("b.", "b"),
+        ("b.avi.", "b"),
         ("c.MP4", "c"),
         ("M_00.03.07.170-00.03.09.675", "M_00.03.07.170-00.03.09.675"),
         ("M_00.03.07.170-00.03.09.675.avi", "M_00.03.07.170-00.03.09.675"),

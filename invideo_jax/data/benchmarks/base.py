@@ -11,7 +11,7 @@ from invideo_jax.data.benchmarks.reading import AnnotationError
 from invideo_jax.data.clean import clean_text
 from invideo_jax.data.list_files import VIDEO_SUFFIXES
 from invideo_jax.data.manifest import list_videos, split_name
-from invideo_jax.data.sources.base import NoSuchSplit, Roots, SourceError
+from invideo_jax.data.sources.base import NoSuchSplit, Roots, SourceError, check_sample
 from invideo_jax.data.sources.listed import ManifestSource
 from invideo_jax.registry import nearest
 
@@ -136,7 +136,7 @@ class Videos:
 
     def __init__(self, folders: Sequence[str]):
         self._by_stem: dict[str, list[str]] = collections.defaultdict(list)
-        self.count = 0
+        self.folder, self.count = folders[0], 0
         for number, folder in enumerate(folders):
             for path in list_videos(folder):
                 self.count += 1
@@ -153,7 +153,7 @@ class Videos:
                 continue
             like = {path: _shared_folders(name, path) for path in found}
             best = [path for path in found if like[path] == max(like.values())]
-            if len(best) > 1:
+            if len({os.path.realpath(os.path.join(self.folder, path)) for path in best}) > 1:
                 self.repeated.append(name)
             return min(best, key=lambda p: (p.count("/"), p))
         return None
@@ -209,7 +209,9 @@ def open_benchmark(
     _check_present(title, folder, found, present, absent, videos, roots_option)
     names, number = _numbering(title, annotations.classes, classes)
     rows = [_row(entry, path, split, number) for entry, path in present]
-    source = ManifestSource(f"{title}:{folder}", rows, Roots(folder, roots, roots_option), names)
+    located = Roots(folder, roots, roots_option)
+    check_sample(title, located, [row["path"] for row in rows])
+    source = ManifestSource(f"{title}:{folder}", rows, located, names)
     source.notes = (*annotations.notes, *_notes(title, found, present, absent, videos))
     return source
 
