@@ -28,6 +28,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "text": ["tokenizers>=0.22,<0.24"],
+    "aot": ["libtpu>=0.0.40,<0.1"],  # compiles for TPUs that are absent
     "parquet": ["pyarrow>=18,<30"],
     "tensorboard": ["tensorboardX>=2.6.4,<3"],
     "torch": [

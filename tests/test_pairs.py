@@ -16,14 +16,13 @@ from conftest import REPOSITORY
 from invideo_jax import negatives, pairs, sharding
 from invideo_jax.errors import UserError
 
-MESHES = [
-    dict(data=1, fsdp=1),
-    dict(data=2, fsdp=1),
+MESHES = [dict(data=2, fsdp=1), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)]
+WIDE = [
+    *(dict(data=1, fsdp=n) for n in (1, 4, 8)),
+    *(dict(data=n, fsdp=1) for n in (4, 8)),
     dict(data=2, fsdp=2),
-    dict(data=2, fsdp=4),
-    dict(data=2, fsdp=2, tensor=2),
+    dict(data=1, tensor=8),
 ]
-WIDE = [dict(data=4, fsdp=1), dict(data=1, fsdp=8), dict(data=8, fsdp=1), dict(data=1, tensor=8)]
 
 
 def mesh_of(sizes):
@@ -98,7 +97,7 @@ def compare(meshes, chunks, seeds, share):
                 want = runner(kind, "dense")(*given)
                 assert all(np.abs(x).max() > 1e-3 for x in want[1][: 3 + (kind == "sigmoid")])
                 for sizes in meshes:
-                    for form, chunk in [("dense", 1), *((f, c) for c in chunks for f in FORMS)]:
+                    for form, chunk in ((f, c) for c in chunks for f in FORMS):
                         with mesh_of(sizes):
                             assert_close(runner(kind, form, chunk)(*given), want)
 
@@ -209,19 +208,18 @@ def test_negatives_come_as_often_as_their_weights_say(floor):
     np.testing.assert_allclose(made[valid], want[valid], atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [None, MESHES[4]], ids=str)
+@pytest.mark.parametrize("sizes", [None, MESHES[2]], ids=str)
 def test_every_form_and_mesh_draws_the_same_negatives(sizes):
     a, b, ids, valid = example(dtype=np.float32)
     keys = jax.random.split(jax.random.key(1), len(a))
     given = keys, a, b, np.float32(0.2), ids, valid
-    for floor in (0.0, 0.05):
+    for form, chunk, floor in (("chunked", 7, 0.05), ("ring", 5, 0.0), ("ring", 5, 0.05)):
         want, exists = drawer("dense", 1024, floor)(*given)
         assert np.unique(want).size > 5 and np.array_equal(exists, valid)
-        for form, chunk in (("chunked", 7), ("ring", 5)):
-            with mesh_of(sizes) if sizes else contextlib.nullcontext():
-                found = drawer(form, chunk, floor)(*given)
-            np.testing.assert_array_equal(found[0], want)
-            np.testing.assert_array_equal(found[1], exists)
+        with mesh_of(sizes) if sizes else contextlib.nullcontext():
+            found = drawer(form, chunk, floor)(*given)
+        np.testing.assert_array_equal(found[0], want)
+        np.testing.assert_array_equal(found[1], exists)
 
 
 @pytest.mark.parametrize("form", ["dense", "ring"])
@@ -273,7 +271,7 @@ def test_noise_is_gumbels_and_the_same_wherever_a_chunk_begins():
 # --------------------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("sizes", [None, MESHES[3], MESHES[4]], ids=str)
+@pytest.mark.parametrize("sizes", [None, MESHES[1], MESHES[2]], ids=str)
 def test_rows_are_taken_and_their_gradients_put_back(sizes):
     rng = np.random.default_rng(0)
     x, index = rng.normal(size=(16, 3, 2)), rng.integers(0, 16, 16).astype(np.int32)
@@ -364,7 +362,7 @@ def test_in_chunks_no_device_holds_the_scores_of_its_rows():
 def test_a_million_pairs_fit_256_megabytes_of_each_of_1024_tpu_chips():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("no libtpu: the TPU compiler is absent")
-    command = [sys.executable, "tests/benchmarks/bench_contrastive_memory.py"]
+    command = [sys.executable, "tests/benchmarks/bench_contrastive_memory.py", "--only=ring"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "1024 chips" in done.stdout and "ring, 1,048,576 pairs" in done.stdout

@@ -1,7 +1,7 @@
 """What contrastive losses need on a TPU chip, said by the TPU compiler; no TPU is needed, but libtpu is.
 
     pip install -e ".[aot]"
-    python tests/benchmarks/bench_contrastive_memory.py [--topology=v5p:8x8x16] [--width=768] [--chunk=1024]
+    python tests/benchmarks/bench_contrastive_memory.py [--only=ring] [--topology=v5p:8x8x16] [--width=768]
 
 Compiles loss and gradients (embeddings, temperature; float32), the draw of hard negatives, and taking rows
 by number for 65,536 and 1,048,576 pairs over all chips of a TPU that is not there. Runs nothing. Prints
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--fsdp", type=int, default=64, help="size of the mesh axis fsdp")
     parser.add_argument("--width", type=int, default=768, help="width of the embeddings")
     parser.add_argument("--chunk", type=int, default=1024, help="columns scored at a time")
+    parser.add_argument("--only", default="", help="part of the names of the rows that are wanted")
     given = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
         print('Skipped: the TPU compiler is absent. pip install -e ".[aot]" brings it (libtpu).')
@@ -176,8 +177,10 @@ def main() -> None:
     ):
         f = programs(form, kind, given.chunk)[name]
         what = f"{name}, {kind}" if name == "loss" else name
-        make = functools.partial(compiled, f, mesh, size, given.width)
-        needs = report(f"{what}, {form}, {size:,} pairs", make, chips)
+        label = f"{what}, {form}, {size:,} pairs"
+        if given.only not in label:
+            continue
+        needs = report(label, functools.partial(compiled, f, mesh, size, given.width), chips)
         most = max(most, needs if (form, size) == ("ring", LARGE) else 0)
     print(f"\nThe most of the ring at {LARGE:,} pairs: {most / 1e6:.1f} MB a chip.")
     sys.exit(most > MOST)
