@@ -39,8 +39,8 @@ def model(dtype=jnp.float32, remat="none", dropout=0.0, **options):
     text = Bert(16, 2, 2, 24, fusion_from=1, vocabulary=WORDS, positions=8, **drops, **same)
     audio = AudioViT(16, 1, 2, 24, patch=4, mels=4, frames=FRAMES, **same)
     views = ("video", "audio", "audio_video")
-    given = dict(width=8, audio=audio, fusion_width=16, views=views) | options
-    return stage2.Stage2(vision, text, **given)
+    given = dict(text=text, width=8, audio=audio, fusion_width=16, views=views) | options
+    return stage2.Stage2(vision, **given)
 
 
 @functools.cache
