@@ -148,6 +148,8 @@ def test_lsmdc_lines_with_dots_in_names(folder):
     folder.videos(f"1012_Unbreakable/{clip}.avi", f"{other}.mp4")
     source = folder.open("lsmdc", "test")
     assert captions(source) == {clip: ('SOMEONE says "no', "again"), other: ("He\u2019s late.",)}
+    folder.write("LSMDC16_annos_training.csv", '"' + line(other, "In quotes.") + '"')
+    assert captions(folder.open("lsmdc", "train")) == {other: ("In quotes.",)}
     folder.write("LSMDC16_challenge_1000_publictect.csv", "a\tb\n")
     with pytest.raises(SourceError, match="entry 1 must have 6 cells between tabs; got 2"):
         folder.open("lsmdc", "test")

@@ -17,6 +17,8 @@ _COLUMNS = 6
 
 def _read(path: pathlib.Path, files: Files, split: str) -> Annotations:
     def pair(line: str) -> tuple[str, str]:
+        if line.startswith('"'):  # a few lines of the training file stand in quotes
+            line = line.removeprefix('"').removesuffix('"')
         cells = line.split("\t")
         if len(cells) != _COLUMNS:
             raise ValueError(f"must have {_COLUMNS} cells between tabs; got {len(cells)}")
