@@ -80,8 +80,9 @@ def test_the_dual_softmax_goes_over_the_queries():
 def test_embeddings_that_are_all_equal_give_chance():
     text, owner, _, own = random_case(1)
     same = np.broadcast_to(unit(np.ones((1, 5))), (len(owner), 5))
-    for temperature in (None, 1.0):
-        pairs = rows_of(same, owner), rows_of(same[: len(own)], own)
+    rounded = same + 1e-7 * np.random.default_rng(2).normal(size=same.shape)
+    for temperature, vectors in ((None, same), (1.0, same), (None, rounded), (0.05, rounded)):
+        pairs = rows_of(vectors, owner), rows_of(vectors[: len(own)], own)
         found = ranking.rank(*pairs, dual_softmax=temperature)
         values = ranking.measures(found)
         for k in (1, 5, 10):
