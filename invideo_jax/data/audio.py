@@ -18,6 +18,9 @@ _FULL_SCALE = 2.0**15  # Kaldi's numbers are of 16-bit samples
 _LEAST_ENERGY = float(np.finfo(np.float32).eps)
 _PRE_EMPHASIS = 0.97
 _POVEY_POWER = 0.85
+# Frames in a matrix product: OpenBLAS starts threads for larger ones, which wait for each other in a loop (16 ms of CPU
+# time for 10 s of sound, not 5.5, where two cores are busy); loaders are parallel already.
+_BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +208,11 @@ def filter_bank(
     frames[:, 0] *= 1 - _PRE_EMPHASIS
     frames *= _povey(size)
     spectrum = np.fft.rfft(frames, _padded(size))
-    power = np.square(spectrum.real)
-    power += np.square(spectrum.imag)
-    energy = power @ _mel_weights(rate, _padded(size), mels, low)
+    power = np.zeros((-(-count // _BLOCK), _BLOCK, spectrum.shape[1]))
+    flat = power.reshape(-1, spectrum.shape[1])[:count]
+    np.square(spectrum.real, out=flat)
+    flat += np.square(spectrum.imag)
+    energy = (power @ _mel_weights(rate, _padded(size), mels, low)).reshape(-1, mels)[:count]
     return np.log(np.maximum(energy, _LEAST_ENERGY)).astype(np.float32)
 
 
