@@ -90,7 +90,7 @@ RULES: tuple[Rule, ...] = (
     ("stages.*.text_tower.dropout", *_SHARE),
     ("stages.*.audio.seconds", *_POSITIVE),
     ("stages.*.audio.mels", *_COUNT),
-    ("stages.*.shared.width", *_COUNT),
+    ("stages.*.shared.width", *_NOT_NEGATIVE),
     ("stages.*.shared.fusion_width", *_NOT_NEGATIVE),
     ("stages.*.shared.temperature", *_POSITIVE),
     ("stages.*.shared.coldest", *_POSITIVE),

@@ -4,25 +4,39 @@ import ml_collections
 
 from configs.common.aligned import aligned_stage, smoke_teacher
 from configs.common.classify import classify_stage, evaluation, smoke_stage
-from configs.common.contrastive import contrastive_stage, smoke_contrastive, two_towers
+from configs.common.contrastive import (
+    FRESH_IN_STAGE2,
+    HEADS_OF_STAGE1,
+    clip_words,
+    contrastive_stage,
+    llama_words,
+    smoke_contrastive,
+    two_towers,
+    unmasked,
+)
 from configs.common.fusion import smoke_fusion
 from configs.common.latent import latent_stage, smoke_latent
 from configs.common.masked import masked_stage
 
 __all__ = [
+    "FRESH_IN_STAGE2",
+    "HEADS_OF_STAGE1",
     "aligned",
     "aligned_stage",
     "base",
     "classifier",
     "classify_stage",
     "contrastive",
+    "clip_words",
     "contrastive_stage",
     "latent",
     "latent_stage",
+    "llama_words",
     "masked_stage",
     "parse_arg",
     "smoke",
     "two_towers",
+    "unmasked",
 ]
 
 

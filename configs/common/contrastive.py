@@ -5,6 +5,17 @@ import ml_collections
 from configs.common.aligned import clip_teacher
 from configs.common.masked import masked_stage
 
+# What no pretraining before stage 2 has: projections, heads, the attention of texts to video, the table of images.
+FRESH_IN_STAGE2 = (
+    r"^(vision|text|audio)_(projection|tokens)/",
+    r"^(av_|audio_)?match_head/",
+    r"^av_fusion/",
+    r"^temperature$",
+    r"^text/fusion_stack/blocks/cross",
+    r"^vision/encoder/image_position",
+)
+HEADS_OF_STAGE1 = (r"^vision/(?!encoder/)",)  # what predicts teachers
+
 
 def contrastive_stage() -> ml_collections.ConfigDict:
     """InternVideo2's second stage, with the values of the 1B model.
@@ -46,17 +57,18 @@ def contrastive_stage() -> ml_collections.ConfigDict:
 
     stage.text_tower = ml_collections.ConfigDict()
     stage.text_tower.name = "bert"  # or 'clip', 'llama'
-    stage.text_tower.size = "large"
+    stage.text_tower.size = "L"
     stage.text_tower.dropout = 0.1
 
     stage.audio = ml_collections.ConfigDict()
     stage.audio.name = ""  # 'beats' or 'audio_vit'; '': no sound
-    stage.audio.size = "base"
+    stage.audio.size = "B"
     stage.audio.seconds = 10.0
     stage.audio.mels = 64
 
     stage.shared = ml_collections.ConfigDict()
-    stage.shared.width = 512  # of the space that all modalities meet in
+    # Of the space that all modalities meet in; 0, with projection='pool': as wide as the encoder's pool.
+    stage.shared.width = 512
     # Of the tokens that texts look at, after a projection of each tower's; 0: the vision tower's own.
     stage.shared.fusion_width = 0
     stage.shared.temperature = 0.07  # at the start
@@ -117,17 +129,45 @@ def two_towers() -> ml_collections.ConfigDict:
     stage.mask.video = 0.0
     stage.mask.image = 0.0
     stage.text.length = 80
-    stage.shared.width = 768
+    stage.shared.width = 0
     stage.shared.temperature = 0.01
     stage.shared.coldest = 0.01
     stage.shared.warmest = 0.0
     stage.losses.vtm = 0.0
     stage.losses.mlm = 0.0
+    # Trained are the encoder's pool, the projection behind it, and the temperature.
+    stage.optimizer.freeze = (r"^vision/encoder/(?!pool/)", r"^text/")
     stage.optimizer.learning_rate = 4e-4
     stage.optimizer.weight_decay = 0.2
     stage.optimizer.clip_norm = 0.0
     stage.schedule.final = 4e-6
     return stage
+
+
+def unmasked(stage: ml_collections.ConfigDict) -> None:
+    """The step behind masked alignment: every token is seen, and the vision encoder stays as it is."""
+    stage.length = "1 epochs"
+    stage.schedule.warmup = "0.2 epochs"
+    stage.mask.video = 0.0
+    stage.mask.image = 0.0
+    stage.optimizer.freeze = (*stage.optimizer.freeze, r"^vision/")
+    stage.init.fresh = ()
+    stage.init.leftover = ()
+
+
+def clip_words(stage: ml_collections.ConfigDict) -> None:
+    """CLIP's vocabulary and length of texts."""
+    text = stage.text
+    text.length, text.vocabulary, text.pad, text.first, text.mask = 77, 49408, 0, 49406, -1
+    stage.text_tower.dropout = 0.0
+
+
+def llama_words(stage: ml_collections.ConfigDict) -> None:
+    """The vocabulary of chinese-alpaca, with InternVL-C's prompt."""
+    text = stage.text
+    text.length, text.vocabulary, text.pad, text.first, text.mask = 80, 49954, 0, 1, -1
+    text.prefix = "summarize:"
+    stage.text_tower.dropout = 0.1
 
 
 def smoke_contrastive(stage: ml_collections.ConfigDict) -> None:

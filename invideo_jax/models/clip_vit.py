@@ -289,3 +289,8 @@ def build(size: str, /, **overrides: Any) -> ClipViT:
             f"The model size must be a row of the table; got size={size!r}.{nearest(size, SIZES)}"
         )
     return ClipViT(**(SIZES[size] | overrides))
+
+
+def build_joint(size: str, /, **overrides: Any) -> ClipViT:
+    """The same, attending over all frames at once: ViCLIP's."""
+    return build(size, joint=True, **overrides)

@@ -38,6 +38,12 @@ class PooledEncoder(nn.Module):
 
     encoder: nn.Module
 
+    @property
+    def width(self) -> int:
+        """P, of the pooled vector."""
+        pool = getattr(self.encoder, "pool_width", 0)
+        return pool or getattr(self.encoder, "backbone", self.encoder).embed
+
     @nn.compact
     def __call__(
         self,

@@ -20,6 +20,7 @@ from invideo_jax.feature_store import Reader
 from invideo_jax.registry import Registry
 from invideo_jax.scale import flops
 from invideo_jax.stages import Stage
+from invideo_jax.steps import update
 from invideo_jax.towers import Towers
 
 PyTree = Any
@@ -32,6 +33,7 @@ ENCODERS = Registry(
         "video_mae": "invideo_jax.models.video_mae:build_encoder",
         "internvideo2": "invideo_jax.models.video_encoder:build",
         "uniformer_v2": "invideo_jax.models.uniformer_v2:build",
+        "viclip": "invideo_jax.models.clip_vit:build_joint",
     },
 )
 
@@ -323,16 +325,27 @@ def parts(
     return of_program, of_update
 
 
-def traced_flops(loss: Callable[..., Any], init_params: Callable[[], PyTree], batch: Batch) -> int:
-    """FLOPs of forward and backward of a loss, for one clip: 3 times those of the forward pass.
+def traced_flops(
+    loss: Callable[..., Any],
+    init_params: Callable[[], PyTree],
+    batch: Batch,
+    *,
+    trainable: PyTree | None = None,
+) -> int:
+    """FLOPs of forward and backward of a loss, for one clip.
 
     Args:
-        loss: (params, batch) -> anything; traced, not run.
+        loss: (params, batch) -> (`losses.Mean`, ...); traced, not run.
         batch: shapes of a batch of any size.
+        trainable: bool for each parameter: the backward pass is counted as far as it is made, for which the
+            model must not recompute anything. None: all are, and it counts twice the forward pass.
     """
     params = nn.unbox(jax.eval_shape(init_params))
     rows = next(iter(batch.values())).shape[0]
-    return 3 * flops.jaxpr_flops(loss, params, batch) // rows
+    if trainable is None:
+        return 3 * flops.jaxpr_flops(loss, params, batch) // rows
+    step = functools.partial(update.gradients, loss, trainable=trainable)
+    return flops.jaxpr_flops(step, params, batch) // rows
 
 
 def rate_multipliers(texts: Sequence[str]) -> list[tuple[str, float]]:

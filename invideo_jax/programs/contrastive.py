@@ -210,9 +210,21 @@ def program(config: Config, stage: Stage) -> base.Program:
         towers=contrastive.make_towers(made, query_tokens(config, stage.name)),
         teacher=_teacher(config, stage, encoder) if options.losses.uta else None,
     )
-    traced = contrastive.make_loss(stage_key=key, **loss)
-    flops = base.traced_flops(traced, init_params, built.abstract_batch())
-    return dataclasses.replace(built, flops_per_clip=flops)
+    return dataclasses.replace(built, flops_per_clip=_flops(config, built))
+
+
+def _flops(config: Config, built: base.Program) -> int:
+    """FLOPs of forward and backward for one clip; frozen towers have no backward pass."""
+    plain, stage = config.copy_and_resolve_references(), built.stage
+    plain.model.remat = "none"
+    loss = contrastive.make_loss(
+        model=model(plain, stage.name),
+        stage_key=base.stage_key(config, stage),
+        trainable=built.trainable,
+        **objective(config, stage.name),
+    )
+    batch = built.abstract_batch()
+    return base.traced_flops(loss, built.init_params, batch, trainable=built.trainable)
 
 
 def _teacher(config: Config, stage: Stage, encoder: nn.Module) -> base.Teacher:
