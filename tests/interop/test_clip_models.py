@@ -222,9 +222,9 @@ def imported(tmp_path_factory):
     return place, values
 
 
-def planned(place, **changes):
+def planned(place, *, frames=2, **changes):
     source = handover.open_source(f"trunk={place}/trunk;head={place}/head;text={place}/text")
-    model = pair(trunk(), llama())
+    model = pair(trunk(frames=frames), llama())
     grid = dict(grid=model.vision.encoder.grid)
     table = handover.plan(
         models.abstract(model), source.shapes, about=source.about, key="stages.clip.init", **grid,
@@ -248,6 +248,14 @@ def test_three_imported_folders_make_one_model_with_nothing_missing(imported):
         assert np.array_equal(source.get(row.source), values[part][name]), row.path
         if row.path.startswith("vision/encoder/pool/") or row.path == "temperature":
             assert part == "head", row.path
+
+
+def test_longer_clips_only_interpolate_positions(imported):
+    place, _ = imported
+    _, _, table = planned(place, frames=4, old_frames=2)
+    (moved,) = [row for row in table.rows if row.transform != "copy"]
+    assert moved.path == "vision/encoder/position_embedding"
+    assert (moved.transform, moved.options["old_times"]) == ("positions", 2)
 
 
 def test_what_no_rule_speaks_of_is_an_error(imported):
