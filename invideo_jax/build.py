@@ -247,7 +247,7 @@ def evaluators(
         encode_tokens=jax.jit(made.encode_tokens),
         reconstruct=jitted(made.reconstruct),
         predict=jitted(made.predict),
-        classes=next((source.classes for source in train if source.classes), ()),
+        classes=next((source.classes for source in (*train, *held_out) if source.classes), ()),
         workdir=folder,
         towers=made.towers,
         texts=texts if made.towers else None,
