@@ -255,7 +255,7 @@ def test_longer_clips_only_interpolate_positions(imported):
     _, _, table = planned(place, frames=4, old_frames=2)
     (moved,) = [row for row in table.rows if row.transform != "copy"]
     assert moved.path == "vision/encoder/position_embedding"
-    assert (moved.transform, moved.options["old_times"]) == ("positions", 2)
+    assert (moved.options["old"], moved.options["new"]) == ([2, 2, 2], [4, 2, 2])
 
 
 def test_what_no_rule_speaks_of_is_an_error(imported):
