@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 from invideo_jax import losses, masking, state
 from invideo_jax.errors import UserError
@@ -15,6 +16,7 @@ from invideo_jax.models.text_encoder import Bert
 from invideo_jax.scale import flops
 from invideo_jax.steps import contrastive, masked, matching, pair_losses, positives, update
 from invideo_jax.text_masking import draw_words, mask_words
+from tests import golden_stage2
 from tests.steps import small_alignment as small
 
 MODEL = small.model()
@@ -226,6 +228,23 @@ def test_matching_takes_other_rows_and_scores_each_pair():
     np.testing.assert_allclose(loss.value, np.mean(terms), rtol=1e-5)
     np.testing.assert_allclose(share.value, np.mean(right), rtol=1e-6)
     assert loss.weight == share.weight == 7 + 6 + 6
+
+
+@pytest.mark.parametrize("case", ["vtm_hard", "vtm_hard_idx"])
+def test_matching_has_the_published_loss(shared, case):
+    """With the file's negatives, and the stand-in for the fusion blocks that it states."""
+    tensors = load_file(shared / "golden" / "c_stage2_losses.safetensors")
+    inputs = {name.removeprefix("in/"): x for name, x in tensors.items()}
+    flags = np.ones(len(inputs["t2"]), bool)
+    given = (inputs[f"{case}/{side}_neg_indices"].astype(np.int32) for side in ("vision", "txt"))
+    found = matching.Negatives(*given, flags, flags)
+    match = lambda text, real, clip, keys: golden_stage2._fake_scores(inputs, clip, text, real)
+    texts = jnp.asarray(inputs["text_embeds"]), jnp.asarray(inputs["text_atts"]).astype(bool)
+    clips = jnp.asarray(inputs["vision_embeds"])
+    for parts in (1, len(flags)):
+        scores = matching.scores(match, texts, clips, found, keys=None, parts=parts, form="dense")
+        loss, _ = matching.loss(scores, found, flags)
+        np.testing.assert_allclose(loss.value, inputs[f"{case}/loss"], rtol=1e-5)
 
 
 def test_the_gradient_factor_is_of_embeddings_and_not_of_the_temperature():
