@@ -33,7 +33,8 @@ class AudioSpec:
         rate: Hz that the sound is resampled to.
         window, shift: seconds of a frame, and from one to the next.
         low: Hz where the lowest band begins; the highest ends at half the rate.
-        dither: noise added to the 16-bit samples, its deviation; 0 as published (Kaldi's own default is 1).
+        dither: deviation of noise added to the 16-bit samples, where something is drawn; 0 as published (Kaldi's
+            own default is 1).
         mean, deviation: features are (x - mean) / (2 * deviation).
         silence: digital silence counts as sound. By default a clip whose samples are all zero has none: a muted
             track says nothing of the clip, and all muted clips would sound alike.
@@ -137,7 +138,7 @@ def load_audio(
         window=spec.window,
         shift=spec.shift,
         low=spec.low,
-        dither=spec.dither,
+        dither=0.0 if rng is None else spec.dither,
         rng=rng,
     )
     count = min(len(bank), spec.frames)

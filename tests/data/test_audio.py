@@ -197,6 +197,16 @@ def test_features_are_as_published(tmp_path):
     assert wide.shape == (998, 128) and count == 148 and wide[:148].any(0).all()
 
 
+def test_dither_is_for_training(tmp_path):
+    path = write_sound_file(str(tmp_path / "x.mkv"), tone(1.0, 440, 16000))
+    noisy = dataclasses.replace(SHORT, dither=1.0)
+    plain = load_audio(path, SHORT, None)[0]
+    np.testing.assert_array_equal(load_audio(path, noisy, None)[0], plain)
+    drawn = [load_audio(path, noisy, np.random.default_rng(seed))[0] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != plain).any() and (drawn[0] != drawn[2]).any()
+
+
 def test_no_sound_is_no_frames(tmp_path):
     none = write_sound_file(str(tmp_path / "x.mp4"), None)
     muted = write_sound_file(str(tmp_path / "y.mkv"), np.zeros((1, 32000)))
