@@ -142,10 +142,7 @@ def take_rows(x: jax.Array, index: jax.Array, *, form: str = "dense") -> jax.Arr
     x = jnp.asarray(x)
     if form != "ring":
         return constrain(x[index], "batch", *(None for _ in x.shape[1:]))
-    split = ring.split_of(len(x))
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return _take(split, x, index)
-    return _picked(split, x, index)
+    return ring.take(ring.split_of(len(x)), x, index)
 
 
 # -------------------------------------------------------------------------------------- what is shared
@@ -373,49 +370,3 @@ def _draw(options: _Options, floor: float, rows: Side, columns: Side, words, tem
         split, options.form, options.chunk, meet, begin, numbered, _nothing, _nothing
     )
     return (column, value > -jnp.inf), ()
-
-
-# -------------------------------------------------------------------------------------- rows by number
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _take(split: ring.Split, x: jax.Array, index: jax.Array) -> jax.Array:
-    return _picked(split, x, index)
-
-
-def _picked(split: ring.Split, x: jax.Array, index: jax.Array) -> jax.Array:
-    def run(x, index, _):
-        def meet(out, block, _):
-            rows, first = block
-            here, place = _within(index, first, len(rows))
-            return jnp.where(_wide(here, out), rows[place], out), ()
-
-        block = x, split.index() * len(x)
-        return ring.around(split, meet, jnp.zeros_like(x), block, ())[0], ()
-
-    return split.run(run, x, index)[0]
-
-
-def _put_back(split: ring.Split, index: jax.Array, grad: jax.Array):
-    def run(index, grad, _):
-        def meet(_, first, block):
-            here, place = _within(index, first, len(block))
-            return (), block.at[place].add(jnp.where(_wide(here, grad), grad, 0))
-
-        first = split.index() * len(grad)
-        return ring.around(split, meet, (), first, jnp.zeros_like(grad))[1], ()
-
-    return split.run(run, index, grad)[0], None
-
-
-def _within(index, first, size):
-    place = index - first
-    here = (place >= 0) & (place < size)
-    return here, jnp.where(here, place, 0)
-
-
-def _wide(flags, like):
-    return flags.reshape(-1, *(1 for _ in like.shape[1:]))
-
-
-_take.defvjp(lambda split, x, index: (_picked(split, x, index), index), _put_back)

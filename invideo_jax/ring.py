@@ -179,3 +179,58 @@ def walk(
     columns = split.gather(columns)
     rows, sums = piecewise(rows, columns, start(columns))
     return rows, merge(sums)
+
+
+# -------------------------------------------------------------------------------------- rows by number
+
+
+def take(split: Split, x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[index]` with blocks of `x` [B, ...] passing by; so do those of its gradient.
+
+    Args:
+        index: int [B], from 0 to B-1.
+    """
+    return (_take if jnp.issubdtype(x.dtype, jnp.inexact) else _picked)(split, x, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take(split: Split, x: jax.Array, index: jax.Array) -> jax.Array:
+    return _picked(split, x, index)
+
+
+def _picked(split: Split, x: jax.Array, index: jax.Array) -> jax.Array:
+    def run(x, index, _):
+        def meet(out, block, _):
+            rows, first = block
+            here, place = _within(index, first, len(rows))
+            return jnp.where(_wide(here, out), rows[place], out), ()
+
+        block = x, split.index() * len(x)
+        return around(split, meet, jnp.zeros_like(x), block, ())[0], ()
+
+    return split.run(run, x, index)[0]
+
+
+def _put_back(split: Split, index: jax.Array, grad: jax.Array):
+    def run(index, grad, _):
+        def meet(_, first, block):
+            here, place = _within(index, first, len(block))
+            return (), block.at[place].add(jnp.where(_wide(here, grad), grad, 0))
+
+        first = split.index() * len(grad)
+        return around(split, meet, (), first, jnp.zeros_like(grad))[1], ()
+
+    return split.run(run, index, grad)[0], None
+
+
+def _within(index, first, size):
+    place = index - first
+    here = (place >= 0) & (place < size)
+    return here, jnp.where(here, place, 0)
+
+
+def _wide(flags, like):
+    return flags.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+_take.defvjp(lambda split, x, index: (_picked(split, x, index), index), _put_back)
