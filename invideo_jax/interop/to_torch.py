@@ -118,12 +118,14 @@ def export(
 
 
 def _part(model: nn.Module, params: Mapping[str, Any], layout: str):
-    """The model and its leaves; or of the model in it that the layout is of: encoder, text tower."""
+    """The model and its leaves; or of the model in it that the layout is of: an encoder, a tower."""
     known = {path for row in names.get(layout).rows for path in row.ours}
     parts, tower = models.parts_of(model), models.text_tower(model)
     # A BERT with fusion blocks is no model of its own.
     if tower not in (None, model) and getattr(tower, "fusion_from", tower.depth) == tower.depth:
         parts = [*parts, (tower, "text")]
+    if getattr(model, "audio", None) is not None:
+        parts = [*parts, (model.audio, "audio")]
     for part, path in parts:
         if set(models.shapes(part)) <= known:
             prefix = f"{path}/" if path else ""

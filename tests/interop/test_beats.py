@@ -196,6 +196,11 @@ def test_the_command_lines_give_a_file_back_bit_for_bit(tmp_path, capsys, layout
     assert all(back[key].tobytes() == x.tobytes() for key, x in state.items())
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert config["layout"] == layout and not (tmp_path / "theirs" / "model.py").exists()
+    if layout == AUDIOVISUAL:
+        alone = [command[0], "--layout=beats", f"--output={tmp_path / 'alone'}"]
+        assert to_torch.main(alone) == 0
+        for key, x in load_file(tmp_path / "alone" / "model.safetensors").items():
+            assert x.tobytes() == state[f"audio_encoder.{key}"].tobytes(), key
     again = [f"--layout={layout}", f"--input={tmp_path / 'theirs'}"]
     assert from_torch.main([*again, f"--output={tmp_path / 'again'}"]) == 0
     assert models.make(folder.open_params(tmp_path / "again")[0]) == models.make(meta)

@@ -298,6 +298,27 @@ def test_learned_positions_start_as_the_fixed_ones():
     assert np.std(want) > 0.5
 
 
+@pytest.mark.slow  # compiles for 8 devices
+def test_devices_that_share_a_model_give_the_numbers_of_one():
+    weigh = np.random.default_rng(3).normal(size=(4, 14, 16)).astype(np.float32)
+    audio = np.random.default_rng(4).normal(size=(4, F, 8)).astype(np.float32)
+    frames = np.array([F, 9, 0, 20], np.int32)
+    model = BEATS.clone(mask_padding=True)
+    value = lambda p, a, n: (model.apply({"params": p}, a, n)[0] * weigh).sum()
+    params = random_params(model)
+    want = jax.jit(jax.value_and_grad(value))(params, audio, frames)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    boxed = jax.eval_shape(lambda: audio_encoder.init(model, jax.random.key(0)))
+    placed = jax.device_put(params, sharding.param_shardings(boxed, mesh))
+    rows = jax.device_put((audio, frames), sharding.batch_sharding(mesh))
+    with sharding.use(mesh):
+        found = jax.jit(jax.value_and_grad(value))(placed, *rows)
+    kernel = placed["stack"]["blocks"]["query"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 8, 8)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4)
+    jax.tree.map(close, jax.device_get(found), jax.device_get(want))
+
+
 @pytest.mark.slow  # 90 M parameters
 def test_the_published_size_gives_the_numbers_of_the_reference():
     torch = pytest.importorskip("torch")
