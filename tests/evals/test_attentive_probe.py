@@ -64,6 +64,7 @@ def test_attention_finds_what_the_mean_hides(parts, found):
     assert probe.share_right(score(pooled[1].features), held_out[1], 1) < found["top1"] - 0.2
 
 
+@pytest.mark.slow
 def test_it_is_deterministic_and_devices_change_little(parts, found):
     with sharding.use(sharding.make_mesh(data=4, fsdp=2)):
         again = run(given_both(*parts))

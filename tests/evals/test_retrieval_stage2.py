@@ -60,8 +60,12 @@ def ranks_of(scores, query_owner, owner):
     ]
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "gallery", ["video", "audio_video", pytest.param("audio", marks=pytest.mark.slow)]
+    "gallery",
+    ["video", pytest.param("audio", marks=SLOW), pytest.param("audio_video", marks=SLOW)],
 )
 def test_evaluator_equals_every_pair_alone(small, gallery):
     towers, params, entries = small
