@@ -4,6 +4,7 @@ Source: UniFormerV2 (arXiv:2211.09552) 3; InternVideo (arXiv:2212.03191) 3.2, In
 Pretrain/Multi-Modalities-Pretraining. Only the global blocks: the local ones are not used there.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,14 +33,13 @@ class DepthwiseConv(nn.Module):
         axes = (None, None, None, None, "norm")
         kernel = self.param("kernel", named(init, *axes), (3, 3, 3, 1, width))
         bias = self.param("bias", named(nn.initializers.zeros_init(), "norm"), (width,))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (1, 1, 1),
-            "SAME",
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-            feature_group_count=width,
-        )
+        # Tap by tap: on a mesh where devices hold copies of the batch, XLA (jax 0.10.2) multiplies the
+        # gradient of a grouped convolution's kernel by their number.
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
+        t, h, w = x.shape[1:4]
+        taps = itertools.product(range(3), repeat=3)
+        kernel = kernel.astype(self.dtype)
+        y = sum(padded[:, i : i + t, j : j + h, k : k + w] * kernel[i, j, k, 0] for i, j, k in taps)
         return y + bias.astype(self.dtype)
 
 
