@@ -504,7 +504,7 @@ def test_layouts_that_do_not_fit_are_told(tmp_path):
     ):
         from_torch.convert(file, layout="videomae")
     with pytest.raises(UserError, match="not made from a file alone"):
-        from_torch.convert(file, layout="bert")
+        from_torch.convert(file, layout="internvideo2")
     with pytest.raises(UserError, match="Did you mean"):
         from_torch.convert(file, layout="internvideo2_stage3")
     more = lambda state: state | {"mystery.weight": np.zeros(3, np.float32)}
