@@ -135,6 +135,11 @@ def test_padding_is_not_looked_at_and_the_feature_is_the_last_real_token():
     other[1, 3:] = 17
     changed = run(model, params, other, VALID)
     close(changed["embedding"], out["embedding"], 1e-6)
+    hole, there = VALID.copy(), IDS.copy()  # also where it does not stand behind
+    hole[0, 1], there[0, 1] = False, 15
+    a, b = run(model, params, IDS, hole), run(model, params, there, hole)
+    close(a["embedding"], b["embedding"], 1e-6)
+    assert np.abs(a["embedding"] - out["embedding"])[0].max() > 1e-2
     short = run(model, params, IDS[1:, :3])
     close(short["embedding"][0], out["embedding"][1])
     close(out["pooled"][0], out["tokens"][0, 5], 0)
