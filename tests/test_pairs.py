@@ -113,7 +113,7 @@ def test_forms_and_meshes_agree_in_value_and_gradients(sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.7, 1.0])
 def test_forms_and_meshes_agree_however_chunks_fall(share):
-    compare([*MESHES, *WIDE], chunks=[1, 2, 7, 24, 1000], seeds=range(3), share=share)
+    compare([*MESHES, *WIDE], chunks=[1, 7], seeds=range(2), share=share)
 
 
 @pytest.mark.parametrize("form", pairs.FORMS)
