@@ -43,6 +43,7 @@ class Bytes:
     """UTF-8 bytes behind four special tokens: no file, every script, texts of many tokens."""
 
     vocabulary = 260
+    unknown = None  # every byte has its id
     _SPECIALS = {"pad": 0, "first": 1, "last": 2, "mask": 3}
 
     def encode(self, text: str) -> list[int]:

@@ -63,7 +63,7 @@ def _moved(row: Row, value: Any) -> jax.Array:
         value = value if value.dtype == want.dtype else value.astype(want.dtype)
         return value if want.sharding is None else jax.device_put(value, want.sharding)
     array = _TRANSFORMS[row.transform](_on_host(value), **row.options)
-    array = np.ascontiguousarray(array.astype(want.dtype))
+    array = np.asarray(array.astype(want.dtype), order="C")  # ascontiguousarray makes [1] of []
     if array.shape != want.shape:
         raise ValueError(
             f"{row.path} must come out as {list(want.shape)}; got {list(array.shape)}."
