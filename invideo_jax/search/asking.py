@@ -128,8 +128,9 @@ def embed_texts(opened: Opened, texts: Sequence[str]) -> tuple[np.ndarray, dict[
     rows = -(-len(texts) // unit) * unit
     ids, valid = opened.words.tokens([*texts, *[""] * (rows - len(texts))])
     batch = sharding.global_batch({"ids": ids, "valid": valid}, mesh)
+    text = jax.jit(lambda params, *x: opened.towers.text(opened.filled(params), *x))
     with sharding.use(mesh):
-        made = jax.jit(opened.towers.text)(opened.text_params, batch["ids"], batch["valid"])
+        made = text(opened.text_params, batch["ids"], batch["valid"])
     host = {name: np.asarray(x)[: len(texts)] for name, x in made.items()}
     return host.pop("embedding"), host | {"valid": valid[: len(texts)]}
 

@@ -107,6 +107,14 @@ class Opened:
         """Those that words alone need: a large video tower is not read to look into an index."""
         return self._read(self._shapes.keys() - set(SEEING))
 
+    def filled(self, text_params: PyTree) -> PyTree:
+        """`text_params` with zeros in place of the rest; under jit they cost nothing.
+
+        The model looks at all its towers when it is set up, even where it uses one.
+        """
+        rest = {name: tree for name, tree in self._shapes.items() if name not in text_params}
+        return dict(text_params) | jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rest)
+
     @functools.cached_property
     def _shapes(self) -> PyTree:
         boxed = jax.eval_shape(self._init)

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from video_files import picture
+from data.video_files import picture
 
 Piece = tuple[float, np.ndarray]  # second, float [channels, n]
 
