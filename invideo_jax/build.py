@@ -12,7 +12,7 @@ from invideo_jax import sharding
 from invideo_jax.data import captions
 from invideo_jax.data.alternating import Alternating, by_media
 from invideo_jax.data.bad import BadLedger
-from invideo_jax.data.decode import Limits
+from invideo_jax.data.decode import BadVideo, Limits
 from invideo_jax.data.pipeline import Loader
 from invideo_jax.data.sources import NoSuchSplit, Source, open_source, parse_mixture
 from invideo_jax.data.text import Tokenizer
@@ -232,12 +232,9 @@ def evaluators(
             yield teach(batch) if taught else batch
 
     def texts(examples: int, *, of: str = "held_out", kind: str = "video"):
-        every = (
-            source[i]
-            for source in dict(held_out=held_out, train=train)[of]
-            for i in range(len(source))
-        )
-        return [captions.all_texts(example, kind) for example in itertools.islice(every, examples)]
+        sources = dict(held_out=held_out, train=train)[of]
+        every = ((source, i) for source in sources for i in range(len(source)))
+        return [_texts(*place, kind) for place in itertools.islice(every, examples)]
 
     jitted = lambda function: None if function is None else jax.jit(function)
     given = Given(
@@ -260,6 +257,13 @@ def evaluators(
         if Duration.parse(options.pop("every")).amount or not only_due:
             ready[name] = EVALUATORS.get(name)(given, **options)
     return ready
+
+
+def _texts(source: Source, index: int, kind: str) -> tuple[str, ...]:
+    try:
+        return captions.all_texts(source[index], kind)
+    except BadVideo:  # its row of the batches is not valid
+        return ()
 
 
 def eval_batches(

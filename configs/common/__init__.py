@@ -6,11 +6,11 @@ from configs.common.aligned import aligned_stage, smoke_teacher
 from configs.common.classify import classify_stage, evaluation, smoke_stage
 from configs.common.contrastive import (
     FRESH_IN_STAGE2,
-    HEADS_OF_STAGE1,
     clip_words,
     contrastive_stage,
     llama_words,
     smoke_contrastive,
+    take_encoder,
     two_towers,
     unmasked,
 )
@@ -20,7 +20,6 @@ from configs.common.masked import masked_stage
 
 __all__ = [
     "FRESH_IN_STAGE2",
-    "HEADS_OF_STAGE1",
     "aligned",
     "aligned_stage",
     "base",
@@ -35,6 +34,7 @@ __all__ = [
     "masked_stage",
     "parse_arg",
     "smoke",
+    "take_encoder",
     "two_towers",
     "unmasked",
 ]

@@ -9,11 +9,11 @@ POOL = r"^encoder/pool/"
 NEW_HEAD = (r"^(fc_norm|head)/",)  # parameters that no pretraining has
 NEW_CAT_HEAD = (r"^(fc_norm|head|down|down_norm)/",)  # the same, of the variant 'cat'
 NEW_ATTENTIVE_HEAD = (r"^(fc_norm|head|extra_mlp)/",)  # of the variant 'attentive'
-# What a classifier takes of another model's encoder. Its paths begin with 'encoder/' in models of pretraining, with
+# What is taken of another model's encoder. Its paths begin with 'encoder/' in models of pretraining, with
 # 'vision/encoder/' in those of video and text, and with nothing where a file holds the encoder alone.
-_TAKEN = r"(vision/)?(encoder/)?(?=(patch_embed|cls_token|position_\w+|stack|pool)(/|$))"
-TO_ENCODER = f"^{_TAKEN}->encoder/"
-NOT_TAKEN = f"^(?!{_TAKEN})"  # heads, decoders, VideoMAE's last norm, stage 2's table for images
+ENCODER = r"(vision/)?(encoder/)?(?=(patch_embed|cls_token|position_\w+|stack|pool)(/|$))"
+TO_ENCODER = f"^{ENCODER}->encoder/"
+NOT_TAKEN = f"^(?!{ENCODER})"  # heads, decoders, VideoMAE's last norm, stage 2's table for images
 
 CLASSES = dict(
     k710=710, k400=400, k600=600, k700=700, mit=339, ssv1=174, ssv2=174, anet=200, hacs=200,

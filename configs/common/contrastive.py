@@ -3,18 +3,21 @@
 import ml_collections
 
 from configs.common.aligned import clip_teacher
+from configs.common.classify import ENCODER
 from configs.common.masked import masked_stage
 
-# What no pretraining before stage 2 has: projections, heads, the attention of texts to video, the table of images.
+# What no pretraining before stage 2 has. Attention of texts to video starts fresh where BERT is imported.
 FRESH_IN_STAGE2 = (
     r"^(vision|text|audio)_(projection|tokens)/",
-    r"^(av_|audio_)?match_head/",
-    r"^av_fusion/",
+    r"^((av_|audio_)?match_head|av_fusion)/",
     r"^temperature$",
-    r"^text/fusion_stack/blocks/cross",
-    r"^vision/encoder/image_position",
 )
-HEADS_OF_STAGE1 = (r"^vision/(?!encoder/)",)  # what predicts teachers
+
+
+def take_encoder(stage: ml_collections.ConfigDict, part: str = "vision") -> None:
+    """Takes the vision encoder of `part` of the source, a model of any stage or an encoder alone."""
+    stage.init.rename = (f"^{part}/{ENCODER}->vision/encoder/",)
+    stage.init.leftover = (f"^{part}/(?!{ENCODER})",)
 
 
 def contrastive_stage() -> ml_collections.ConfigDict:
@@ -65,6 +68,7 @@ def contrastive_stage() -> ml_collections.ConfigDict:
     stage.audio.size = "B"
     stage.audio.seconds = 10.0
     stage.audio.mels = 64
+    stage.audio.silence = False  # whether a track of zeros counts as sound
 
     stage.shared = ml_collections.ConfigDict()
     # Of the space that all modalities meet in; 0, with projection='pool': as wide as the encoder's pool.
@@ -152,6 +156,7 @@ def unmasked(stage: ml_collections.ConfigDict) -> None:
     stage.mask.image = 0.0
     stage.optimizer.freeze = (*stage.optimizer.freeze, r"^vision/")
     stage.init.fresh = ()
+    stage.init.rename = ()
     stage.init.leftover = ()
 
 

@@ -3,7 +3,7 @@
     python -m invideo_jax.train --config=configs/internvideo2/clip_1b.py --workdir=DIR \
         --config.data.train='VIDEOS.json,0.5;IMAGES.json,0.5' \
         --config.stages.contrastive.text.tokenizer=LLAMA_FOLDER \
-        --config.stages.contrastive.init.source='STAGE2;text=INTERNVL_TEXT'
+        --config.stages.contrastive.init.source='stage2=STAGE2;text=INTERNVL_TEXT'
 
 STAGE2 is the workdir of `stage2_1b.py` or the folder of imported weights, INTERNVL_TEXT the folder that
 `python -m invideo_jax.interop.from_torch` made of the texts' part of internvl_c_13b_224px.pth (docs/text_towers.md).
@@ -36,11 +36,8 @@ def recipe(size, words, *, gpu_rows, epochs, warmup, drop_path):
     stage.text_tower.name = "llama"
     stage.text_tower.size = "7B"
     stage.init.fresh = (r"^temperature$",)
-    stage.init.leftover = (
-        r"^vision/(?!encoder/)",
-        r"^vision/encoder/image_position",
-        r"_projection/|^(match_head|av_|audio)",
-    )
+    stage.init.old_frames = 4
+    common.take_encoder(stage, "stage2")
     return common.smoke(c) if words["smoke"] else c
 
 

@@ -3,7 +3,7 @@
     python -m invideo_jax.train --config=configs/internvideo2/clip_6b.py --workdir=DIR \
         --config.data.train='VIDEOS.json,0.5;IMAGES.json,0.5' \
         --config.stages.contrastive.text.tokenizer=LLAMA_FOLDER \
-        --config.stages.contrastive.init.source='STAGE2;text=INTERNVL_TEXT'
+        --config.stages.contrastive.init.source='stage2=STAGE2;text=INTERNVL_TEXT'
 
 `clip_1b.py` says what these folders are, and what differs. After the colon: `smoke`.
 

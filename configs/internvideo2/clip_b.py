@@ -3,7 +3,7 @@
     python -m invideo_jax.train --config=configs/internvideo2/clip_b.py --workdir=DIR \
         --config.data.train='VIDEOS.json,0.5;IMAGES.json,0.5' \
         --config.stages.contrastive.text.tokenizer=CLIP_FOLDER \
-        --config.stages.contrastive.init.source='vision/encoder=K710;text=MOBILECLIP'
+        --config.stages.contrastive.init.source='vision=K710;text=MOBILECLIP'
 
 K710 is a folder with the encoder fine-tuned on K710 (`finetune_b.py`, or imported from the published file), MOBILECLIP
 one that `python -m invideo_jax.interop.from_torch` made of MobileCLIP-B (docs/text_towers.md). Both towers are frozen;
@@ -36,9 +36,8 @@ def recipe(size, words):
     stage.text_tower.size = "B"
     stage.shared.projection = "norm"
     stage.shared.width = 512
-    stage.init.fresh = (r"^vision/align", r"^vision/encoder/pool/", r"^temperature$")
-    stage.init.rename = (r"^vision/encoder/encoder/->vision/encoder/",)
-    stage.init.leftover = (r"^vision/encoder/(?!patch_embed|cls_token|position_|stack|pool)",)
+    stage.init.fresh = (r"^vision/align", r"^temperature$")
+    common.take_encoder(stage)
     return common.smoke(c) if words["smoke"] else c
 
 

@@ -3,7 +3,7 @@
     python -m invideo_jax.train --config=configs/internvideo2/clip_l.py --workdir=DIR \
         --config.data.train='VIDEOS.json,0.5;IMAGES.json,0.5' \
         --config.stages.contrastive.text.tokenizer=CLIP_FOLDER \
-        --config.stages.contrastive.init.source='vision/encoder=K710;text=MOBILECLIP'
+        --config.stages.contrastive.init.source='vision=K710;text=MOBILECLIP'
 
 `clip_b.py` says what these folders are, and what differs. After the colon: `smoke`.
 

@@ -34,8 +34,8 @@ def get_config(arg=None):
     c.model.remat = "full"
     stage = c.stages.contrastive
     stage.image_positions = "separate"
-    stage.init.fresh = common.FRESH_IN_STAGE2
-    stage.init.leftover = common.HEADS_OF_STAGE1
+    stage.init.fresh = (*common.FRESH_IN_STAGE2, r"^vision/encoder/image_position")
+    common.take_encoder(stage)
     if words["unmasked"]:
         common.unmasked(stage)
     return common.smoke(c) if words["smoke"] else c

@@ -47,7 +47,7 @@ def get_config(arg=None):
     stage.losses.avmlm = 1.0
     stage.optimizer.freeze = (r"^audio/",)
     stage.init.fresh = common.FRESH_IN_STAGE2
-    stage.init.leftover = common.HEADS_OF_STAGE1
+    common.take_encoder(stage)
     if words["unmasked"]:
         common.unmasked(stage)
     return common.smoke(c) if words["smoke"] else c

@@ -30,7 +30,9 @@ VIEWS = ("video", "audio", "audio_video", "speech")
 def audio_spec(config: Config, stage_name: str) -> AudioSpec | None:
     """What sound is loaded; None for none."""
     audio = config.stages[stage_name].audio
-    return AudioSpec(seconds=audio.seconds, mels=audio.mels) if audio.name else None
+    if not audio.name:
+        return None
+    return AudioSpec(seconds=audio.seconds, mels=audio.mels, silence=audio.silence)
 
 
 def slots(config: Config, stage_name: str) -> dict[str, str]:

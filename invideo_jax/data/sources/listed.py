@@ -183,6 +183,9 @@ def open_synthetic(folder: str, **options: Any) -> ManifestSource:
     manifest = existing_folder(folder, "synthetic:") / "manifest.jsonl"
     if not manifest.is_file():
         raise SourceError(f"{folder} must hold manifest.jsonl, and doesn't. Run: {command}")
+    if not options.get("classes"):
+        labels = json.loads((manifest.parent / "dataset.json").read_text(encoding="utf-8"))["labels"]
+        options["classes"] = tuple(labels)
     return open_source(str(manifest), **options)
 
 
