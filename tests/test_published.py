@@ -7,10 +7,11 @@ recipes, and in the scripts' own units: GPUs, videos of each, clips of each vide
 
 import dataclasses
 
+import jax
 import pytest
 from test_recipes import NAMES, RECIPES, arguments, load
 
-from invideo_jax import train
+from invideo_jax import programs, sharding, train
 from invideo_jax.models import sizes
 from invideo_jax.programs import base
 
@@ -310,3 +311,87 @@ def test_every_word_of_these_recipes_has_a_row():
     for recipe in ("1b", "6b"):
         config = load(f"configs/internvideo2/finetune_{recipe}.py", "k400,f16").config
         assert config.stages.finetune.clip.frames == 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """A script of alignment with text; the defaults are those of stage 2."""
+
+    gpus: int
+    rows: int
+    epochs: float
+    warmup: float
+    lr: float = 5e-5
+    wd: float = 0.05
+    clip_norm: float = 3.0
+    frames: int = 4
+    text: int = 32
+    mask: tuple[float, float] = (0.8, 0.5)
+    drop_path: float = 0.0
+    temperature: tuple[float, float, float] = (0.07, 0.001, 0.5)
+    losses: tuple[str, ...] = ("vtc", "vtm", "mlm")
+    frozen: tuple[str, ...] = ()
+
+
+_CLIP = dict(
+    lr=4e-4, wd=0.2, clip_norm=0.0, frames=8, mask=(0.0, 0.0), temperature=(0.01, 0.01, 0.0),
+    losses=("vtc",), frozen=("^vision/encoder/(?!pool/)", "^text/"),
+)  # fmt: skip
+_SOUND = ("vtc", "vtm", "mlm", "avtc", "avtm", "avmlm")
+CONTRAST = {
+    "internvideo2/stage2_1b": Contrast(64, 64, 10, 1, drop_path=0.25),
+    "internvideo2/stage2_6b": Contrast(
+        256, 64, 5, 1, text=40, drop_path=0.3, losses=_SOUND, frozen=("^audio/",)
+    ),
+    "internvideo2/clip_s": Contrast(16, 256, 3, 0.6, text=77, **_CLIP),
+    "internvideo2/clip_b": Contrast(16, 256, 3, 0.6, text=77, **_CLIP),
+    "internvideo2/clip_l": Contrast(16, 256, 3, 0.6, text=77, **_CLIP),
+    "internvideo2/clip_1b": Contrast(16, 256, 3, 0.6, text=80, drop_path=0.3, **_CLIP),
+    "internvideo2/clip_6b": Contrast(16, 128, 1, 0.2, text=80, drop_path=0.35, **_CLIP),
+    "internvideo1/viclip_b": Contrast(
+        8, 512, 10, 0.5, text=77, **_CLIP | dict(lr=2e-4, mask=(0.9, 0.5), frozen=("^text/",))
+    ),
+    "internvideo1/viclip_l": Contrast(
+        8, 512, 10, 0.5, text=77, **_CLIP | dict(mask=(0.9, 0.5), frozen=("^text/",))
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", CONTRAST)
+def test_contrastive(recipe):
+    row, config = CONTRAST[recipe], load(f"configs/{recipe}.py", "").config
+    stage, rate = schedule_of(config, "contrastive")
+    options, o = config.stages.contrastive, config.stages.contrastive.optimizer
+    batch = row.gpus * row.rows
+    assert (stage.batch_size, stage.steps) == (batch, int(row.epochs * VIDEOS // batch))
+    assert rate(int(row.warmup * VIDEOS / batch)) == pytest.approx(row.lr, rel=1e-2)
+    assert rate(stage.steps) == pytest.approx(0.01 * row.lr, abs=0.001 * row.lr)  # few steps
+    assert (o.name, o.b1, o.b2, o.eps, o.weight_decay) == ("adamw", 0.9, 0.98, 1e-8, row.wd)
+    assert (o.clip_norm, tuple(o.freeze)) == (row.clip_norm, row.frozen)
+    assert (options.clip.frames, options.clip.size, options.clip.sampling) == (
+        row.frames,
+        224,
+        "rand",
+    )
+    assert (options.clip.crop, tuple(options.clip.crop_scale)) == ("random_resized", (0.5, 1.0))
+    assert (options.clip.interpolation, options.clip.flip) == ("bicubic", 0.5)
+    assert options.mask.to_dict() == dict(name="random", video=row.mask[0], image=row.mask[1])
+    assert options.text.length == row.text and config.model.drop_path == row.drop_path
+    shared = options.shared
+    assert (shared.temperature, shared.coldest, shared.warmest) == row.temperature
+    assert {k: v for k, v in options.losses.items() if v} == dict.fromkeys(row.losses, 1.0)
+    assert options.words.to_dict() == dict(ratio=0.5, hidden=0.8, swapped=0.5)
+
+
+def test_stage2_at_full_size_has_the_published_towers():
+    """360.1 M of text with the cross-attention; of the 6B model 768 wide projections and BEATs beside it."""
+    found = {}
+    for size in ("1b", "6b"):
+        config = load(f"configs/internvideo2/stage2_{size}.py", "").config
+        (stage,) = train.place_stages(config, VIDEOS)
+        shapes = sharding.unbox(jax.eval_shape(programs.program(config, stage).init_params))
+        found[size] = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in shapes.items()}
+    assert round(found["1b"]["text"] / 1e6, 1) == 360.1
+    assert found["1b"]["vision_projection"] == 768 * 512 + 512
+    assert found["6b"]["audio"] == 90_311_792 and found["6b"]["av_fusion"] == 1536 * 768 + 768
+    assert found["6b"]["vision_tokens"] == 3200 * 768 + 3 * 768
