@@ -14,8 +14,8 @@ from invideo_jax.data.sources import Example
 from invideo_jax.data.transforms import ClipSpec, pick_box
 from invideo_jax.features.windows import Rule, Window, cut
 
-STRIP_FRAMES = 6
-STRIP_HEIGHT = 120  # pixels
+STRIP_FRAMES = 4
+STRIP_HEIGHT = 144  # pixels
 _GAP = 4
 _WIDEST = 2.4  # width of a picture over its height; panoramas are squeezed
 _QUALITY = 4  # of JPEG as FFmpeg counts: 2 is best, 31 worst

@@ -22,7 +22,8 @@ nav a { color: var(--bar); margin-right: 16px; }
 ol { list-style: none; margin: 16px 0 0; padding: 0; display: grid; gap: 16px;
      grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
 li { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-li img { display: block; width: 100%; height: auto; background: var(--track); }
+li img { display: block; width: 100%; height: auto; max-height: 220px; object-fit: contain;
+         background: var(--track); }
 .none { padding: 28px 14px; background: var(--track); color: var(--soft); text-align: center; }
 .text { padding: 10px 14px 14px; }
 .row { display: flex; gap: 12px; align-items: baseline; }

@@ -1,5 +1,6 @@
 """Brings an index up to date with the videos: new and changed ones are embedded, those gone are left out."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from invideo_jax import sharding, workdir
+from invideo_jax import runtime, sharding, workdir
 from invideo_jax.data.audio import load_audio
 from invideo_jax.data.decode import BadVideo, Limits
 from invideo_jax.data.sources import Example, Source
@@ -138,7 +139,7 @@ def update(
     gone = len(before.keys() - set(listing.keys))
     if not (stale or gone or index.damaged):
         return listing, Update()
-    with workdir.Lock(index.folder):
+    with _alone(index):
         index.reload()
         if index.damaged:
             say(f"note: {len(index.damaged)} parts of the index are damaged; making them again")
@@ -149,6 +150,23 @@ def update(
         index.saw(source.fingerprint())
     changed = sum(listing.keys[place] in before for place in stale)
     return listing, Update(len(stale), changed, gone, clips, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _alone(index: Index) -> Iterator[None]:
+    """Holds the index's lock."""
+    with contextlib.ExitStack() as stack:
+        lock = workdir.Lock(index.folder)
+        try:
+            stack.enter_context(lock)
+        except runtime.RunError as error:
+            if error.exit_code != runtime.USER_ERROR:
+                raise
+            raise UserError(
+                f"Another process brings the index up to date: {lock.path} says which. Wait until it is "
+                "done, or give another --index."
+            ) from None
+        yield
 
 
 def _stale(index: Index, listing: Listing) -> list[int]:
@@ -265,6 +283,11 @@ class _Job:
     def _write(self) -> None:
         items = [item for some, _ in self._made for item in some]
         rows = [np.asarray(made)[: len(some)] for some, made in self._made]
+        if not all(np.isfinite(x).all() for x in rows):
+            raise UserError(
+                f"Embeddings must be finite; {self._opened.name} gives others. Give another checkpoint, or "
+                "--dtype=float32."
+            )
         owner = [self._numbers[self._keys[item.video]] for item in items]
         arrays = dict(
             embedding=np.concatenate(rows) if rows else np.zeros((0, 1)),

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from data.video_files import write
+from flax.traverse_util import flatten_dict
 
 from invideo_jax import config as config_lib
+from invideo_jax import handover
 from invideo_jax.checkpoint import Checkpoints
 from invideo_jax.interop import folder, models
 from invideo_jax.programs import contrastive
@@ -24,18 +26,25 @@ def film(path, colours: str, second: float = 1.0) -> str:
     return str(path)
 
 
-def save_run(place, overrides=(), recipe=RECIPE, seed=0, step=3):
-    """A workdir with random parameters; gives the model and the parameters."""
-    config = config_lib.load(recipe, list(overrides)).config
+def make_run(place, stored: bool, recipe=RECIPE, seed=0, step=3):
+    """A workdir with random parameters; gives the model, the parameters, and what `open_source` would.
+
+    Args:
+        stored: write a checkpoint.
+    """
+    config = config_lib.load(recipe).config
     name = config.stage_order[0]
     model = contrastive.model(config, name)
     rng, shapes = np.random.default_rng(seed), models.abstract(model)
-    draw = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype)
-    params = jax.tree.map(draw, shapes)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
     meta = dict(config=config.to_dict(), stage=name, epoch_examples=100)
-    with Checkpoints(place / "checkpoints") as kept:
-        kept.save(step, dict(params=params), meta, wait=True)
-    return model, params
+    (place / "checkpoints").mkdir(parents=True)
+    if stored:
+        with Checkpoints(place / "checkpoints") as kept:
+            kept.save(step, dict(params=params), meta, wait=True)
+    about = dict(name=str(place), weights="params", step=step, digest="0")
+    leaves = flatten_dict(params, sep="/")
+    return model, params, handover.Source(leaves, leaves.__getitem__, about, meta)
 
 
 def save_weights(place, overrides=(), recipe=RECIPE, seed=0) -> None:
