@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,36 +150,41 @@ class Index:
 
     def rows(self, keys: Sequence[str]) -> Rows:
         """The clips of these videos, in this order."""
-        place = {key: number for number, key in enumerate(keys)}
-        newest = {key: part.name for part in self._parts for key in part.keys}
         taken = {name: [] for name in _ARRAYS}
-        for part in self._parts:
-            if not len(part.arrays["video"]):
-                continue
-            number = np.array(
-                [place.get(key, -1) if newest[key] == part.name else -1 for key in part.keys],
-                np.int64,
-            )
-            owner = number[part.arrays["video"]]
+        for part, owner in self._owners(keys):
+            real = owner >= 0
             for name, x in part.arrays.items():
-                taken[name].append((owner if name == "video" else x)[owner >= 0])
+                x = owner if name == "video" else x
+                taken[name].append(x if real.all() else x[real])
         if not taken["video"]:
             none = np.zeros(0)
             return Rows(np.zeros((0, 1), np.float32), none.astype(np.int64), none, none, none)
-        whole = {name: np.concatenate(pieces) for name, pieces in taken.items()}
+        join = lambda pieces: pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        whole = {name: join(pieces) for name, pieces in taken.items()}
         order = np.lexsort((whole["window"], whole["video"]))
+        if (order[1:] > order[:-1]).all():  # as they are, without a copy of all embeddings
+            return Rows(**whole)
         return Rows(**{name: x[order] for name, x in whole.items()})
+
+    def _owners(self, keys: Sequence[str]) -> Iterator[tuple[Part, np.ndarray]]:
+        """Each part that has rows, and of each row the number of its key, -1 for none of these or an older part."""
+        place = {key: number for number, key in enumerate(keys)}
+        newest = {key: part.name for part in self._parts for key in part.keys}
+        for part in self._parts:
+            if not len(part.arrays["video"]):
+                continue
+            number = [place.get(k, -1) if newest[k] == part.name else -1 for k in part.keys]
+            yield part, np.array(number, np.int64)[part.arrays["video"]]
 
     def tidy(self, keys: Collection[str]) -> bool:
         """Makes one part of all, without videos that are gone, where that is worth it; says whether it did."""
-        kept = [key for key in self.entries if key in set(keys)]
-        total = sum(len(part.arrays["video"]) for part in self._parts)
-        rows = self.rows(kept)
-        few = len(rows) >= (1 - OUTDATED) * total and len(kept) >= (1 - OUTDATED) * len(
-            self.entries
-        )
-        if len(self._parts) <= MANY_PARTS and few:
+        wanted, enough = set(keys), 1 - OUTDATED
+        kept = [key for key in self.entries if key in wanted]
+        found = [owner >= 0 for _, owner in self._owners(kept)]
+        few = sum(map(np.sum, found)) >= enough * sum(map(len, found))
+        if len(self._parts) <= MANY_PARTS and few and len(kept) >= enough * len(self.entries):
             return False
+        rows = self.rows(kept)
         old = [part.name for part in self._parts]
         entries = tuple(self.entries[key] for key in kept)
         arrays = {name: getattr(rows, name) for name in _ARRAYS}

@@ -296,7 +296,7 @@ class _Job:
             start=np.array([item.window.start for item in items], np.float64),
             end=np.array([item.window.end for item in items], np.float64),
         )
-        real = {key for key, number in self._numbers.items() if number in set(owner)}
+        real = {self._keys[item.video] for item in items}
         entries = {
             key: dataclasses.replace(entry, bad="", detail="") if key in real else entry
             for key, entry in self._entries.items()
