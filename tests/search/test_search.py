@@ -54,8 +54,15 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def colours(monkeypatch):
-    """Towers that know colours alone, so that the right answer is known."""
+    """Towers that know colours alone, so that the right answer is known; they need no parameters."""
+    know_colours(monkeypatch)
+
+
+def know_colours(monkeypatch):
     monkeypatch.setattr(opening, "make_towers", colour_towers)
+    monkeypatch.setattr(opening.Opened, "params", {})
+    monkeypatch.setattr(opening.Opened, "text_params", {})
+    monkeypatch.setattr(opening.Opened, "filled", lambda self, params: params)
 
 
 @pytest.fixture
@@ -215,7 +222,7 @@ def test_a_killed_indexing_goes_on(ask, colours, videos, monkeypatch):
     with pytest.raises(AssertionError):  # of `ask`: the code is 130
         ask("red", "--save_seconds=0")
     monkeypatch.undo()
-    monkeypatch.setattr(opening, "make_towers", colour_towers)
+    know_colours(monkeypatch)
     found, told = ask("green", "--top=2")
     # The first was kept when the second began; of the second it was not known that it is whole.
     assert "indexing 2 videos" in told and found == [("a.mp4", 1.0), ("c.mp4", 0.0)]
