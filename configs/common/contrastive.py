@@ -10,7 +10,7 @@ from configs.common.masked import masked_stage
 FRESH_IN_STAGE2 = (
     r"^(vision|text|audio)_(projection|tokens)/",
     r"^((av_|audio_)?match_head|av_fusion)/",
-    r"^temperature$",
+    r"^(temperature|bias)$",
 )
 
 
@@ -44,7 +44,9 @@ def contrastive_stage() -> ml_collections.ConfigDict:
     # A file or folder: `python -m invideo_jax.tokenizer` makes one; or those of a published model.
     stage.text.tokenizer = ""
     stage.text.length = 32  # tokens; longer texts are cut
-    stage.text.normalise = ""  # 'internvideo2': as published, without case and punctuation
+    stage.text.normalise = (
+        "internvideo2"  # as published, without case and punctuation; '': as they are
+    )
     stage.text.prefix = ""  # stands before every text
     stage.text.min_words = 1  # a text of fewer counts as none
     # What the towers were built for; a tokenizer that says otherwise is an error.
@@ -91,6 +93,7 @@ def contrastive_stage() -> ml_collections.ConfigDict:
     )
     stage.contrast = ml_collections.ConfigDict()
     stage.contrast.kind = "softmax"  # or 'sigmoid'
+    stage.contrast.bias = -10.0  # of the scores, at the start; 'sigmoid' alone has one
     stage.contrast.form = (
         "chunked"  # 'dense', 'chunked', 'ring': the same values, less and less memory
     )

@@ -12,8 +12,9 @@ released configs and belongs to the generative stage. After the colon: `smoke`.
 Hardware and hours: published as 128 A100 for 12 days; not run at full size by this project.
 Published result: of L, MSR-VTT zero-shot R@1 40.7 text to video, 39.6 video to text.
 
-The script of this pretraining is not released. Published: towers, frames, image size, rate, weight decay and warm-up
-(of the released ablations), 400 k steps. This project's own: batch size and the share of images.
+The script of this pretraining is not released. Published: towers, frames, image size, 400 k steps; rate, weight decay
+and warm-up are those of the released ablations, in which the text tower is frozen. This project's own: both towers are
+trained, the batch size, and the share of images.
 
 Sources: InternVideo (arXiv:2212.03191) 3.2; OpenGVLab/InternVideo InternVideo1/Pretrain/Multi-Modalities-Pretraining.
 """
@@ -33,6 +34,7 @@ def recipe(size, words):
     stage.batch_size = 128 * 16
     stage.normalisation = "clip"
     common.clip_words(stage)
+    stage.text.normalise = ""
     stage.text_tower.name = "clip"
     stage.text_tower.size = size
     stage.shared.temperature = 0.07

@@ -16,8 +16,9 @@ this project.
 Published result: MSR-VTT zero-shot R@1 51.9 text to video, 50.9 video to text (8 frames).
 
 Differences from the released script: the contrastive loss has its whole gradient (the released code divides it by the
-number of processes: contrast.gradient_factor), and examples of different corpora never count as the same
-(contrast.positives).
+number of processes: contrast.gradient_factor); examples of different corpora never count as the same
+(contrast.positives); negatives of matching come from the whole batch, not from that of one GPU; steps of videos and of
+images alternate evenly, where the released loader shuffles them.
 
 Sources: InternVideo2 (arXiv:2403.15377) 3.3; OpenGVLab/InternVideo
 InternVideo2/multi_modality/scripts/pretraining/stage2/1B/config.py.

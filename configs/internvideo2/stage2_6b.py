@@ -9,8 +9,9 @@ STAGE1 is the workdir of `stage1_6b.py` or the folder of imported weights; BERT_
 `python -m invideo_jax.interop.from_torch` made of bert-large-uncased and of a BEATs checkpoint (docs/text_towers.md).
 Texts are the fused captions of what is seen, heard and said, and where there is none the caption of the video. Losses
 with sound are over the examples that have some; nothing stands in for it. After the colon: `unmasked`, the step after
-it with every token visible and the vision encoder frozen (paper; no script was released, so that its length is this
-project's own); and `smoke`, with small towers on the built-in data.
+it with every token visible, the vision encoder frozen, and sound also paired with its own captions (paper; no script
+was released, so that its length and the losses of sound with text are this project's own); and `smoke`, with small
+towers on the built-in data.
 
 Hardware and hours: published on 256 A100, 64 examples of each kind on each; hours not published; not run at full size
 by this project.
@@ -50,4 +51,10 @@ def get_config(arg=None):
     common.take_encoder(stage)
     if words["unmasked"]:
         common.unmasked(stage)
+        stage.optimizer.freeze = (r"^vision/",)
+        stage.text.of.audio = "audio"
+        stage.losses.atc = 1.0
+        stage.losses.atm = 1.0
+        stage.losses.amlm = 1.0
+        stage.init.fresh = (r"^audio_match_head/",)
     return common.smoke(c) if words["smoke"] else c

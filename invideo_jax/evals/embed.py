@@ -124,7 +124,7 @@ class Embedder:
         for batch, embedding, real in self.batches(params, batches):
             made.append(embedding)
             owners.append(np.where(real, to_host(batch["position"]).astype(np.int64), -1))
-        return Rows(_stack(*made), np.stack(owners).astype(np.int32)[..., None])
+        return Rows(_stack(made), np.stack(owners).astype(np.int32)[..., None])
 
     def texts(self, params: Any, texts: Sequence[str]) -> Rows:
         """Texts; the owner is their place in the list. There must be one."""
@@ -133,7 +133,7 @@ class Embedder:
         for start in range(0, len(texts), rows):
             made.append(self._text(params, *self.tokens(texts[start : start + rows], rows)))
         owner = np.arange(len(made) * rows, dtype=np.int32).reshape(-1, rows, 1)
-        return Rows(_stack(*made), np.where(owner < len(texts), owner, -1))
+        return Rows(_stack(made), np.where(owner < len(texts), owner, -1))
 
     def tokens(self, texts: Sequence[str], rows: int) -> tuple[jax.Array, jax.Array]:
         """Ids [rows, L] and valid [rows, L] on the devices; rows beyond the texts are of an empty one."""
@@ -149,7 +149,18 @@ class Embedder:
         return placed["ids"], placed["valid"]
 
 
-_stack = jax.jit(lambda *blocks: jnp.stack(blocks))
+_MOST = 64  # operands of one compiled call; the time to trace one grows faster than their number
+_stack_some = jax.jit(lambda *blocks: jnp.stack(blocks))
+_join_some = jax.jit(lambda *blocks: jnp.concatenate(blocks))
+
+
+def _stack(blocks: Sequence[jax.Array]) -> jax.Array:
+    """[n, ...] of n arrays, a few at a time."""
+    some = lambda join, parts: [join(*parts[i : i + _MOST]) for i in range(0, len(parts), _MOST)]
+    parts = some(_stack_some, blocks)
+    while len(parts) > 1:
+        parts = some(_join_some, parts)
+    return parts[0]
 
 
 def on_host(rows: Rows) -> np.ndarray:
