@@ -51,6 +51,8 @@ class Stage2(nn.Module):
             0 for the vision tower's own tokens, which only a model without sound can have.
         views: those of `VIEWS` that have a matching head.
         joint: where there is sound, whether video and sound together have an embedding.
+        initial_bias: of the scores of the sigmoid loss (SigLIP: -10, at temperature 0.1); None: the
+            model has no bias.
     """
 
     vision: AlignedEncoder
@@ -62,6 +64,7 @@ class Stage2(nn.Module):
     fusion_width: int = 0
     views: tuple[str, ...] = ("video",)
     joint: bool = True
+    initial_bias: float | None = None
 
     def setup(self):
         self.check()
@@ -79,6 +82,9 @@ class Stage2(nn.Module):
             setattr(self, VIEWS[view], linear(2))
         start = named(nn.initializers.constant(self.initial_temperature))
         self.temperature_value = self.param("temperature", start, ())
+        if self.initial_bias is not None:
+            start = named(nn.initializers.constant(self.initial_bias))
+            self.bias_value = self.param("bias", start, ())
 
     def __call__(
         self,
@@ -258,6 +264,10 @@ class Stage2(nn.Module):
     def temperature(self) -> jax.Array:
         """The temperature within its range, a scalar."""
         return losses.clamped(self.temperature_value, *self.temperature_range)
+
+    def bias(self) -> jax.Array:
+        """What the sigmoid loss adds to scores, a scalar; only with `initial_bias`."""
+        return self.bias_value
 
     def _need_audio(self):
         if self.audio is None:

@@ -77,6 +77,7 @@ class VideoClip(nn.Module):
         initial_temperature: of the contrastive loss.
         temperature_range: what it is held within.
         logarithmic: learn log(1 / temperature), called 'logit_scale', instead of the temperature.
+        initial_bias: as of `stage2.Stage2`.
     """
 
     vision: ProjectedEncoder | PooledEncoder | AlignedEncoder
@@ -84,6 +85,7 @@ class VideoClip(nn.Module):
     initial_temperature: float = 0.01
     temperature_range: tuple[float, float] = (0.01, float("inf"))
     logarithmic: bool = False
+    initial_bias: float | None = None
 
     def setup(self):
         self.check()
@@ -91,6 +93,9 @@ class VideoClip(nn.Module):
         if self.logarithmic:
             name, start = "logit_scale", -math.log(start)
         self.temperature_value = self.param(name, named(nn.initializers.constant(start)), ())
+        if self.initial_bias is not None:
+            start = named(nn.initializers.constant(self.initial_bias))
+            self.bias_value = self.param("bias", start, ())
 
     def __call__(
         self,
@@ -134,6 +139,10 @@ class VideoClip(nn.Module):
         if not self.logarithmic:
             return losses.clamped(self.temperature_value, low, high)
         return jnp.exp(-losses.clamped(self.temperature_value, -math.log(high), -math.log(low)))
+
+    def bias(self) -> jax.Array:
+        """What the sigmoid loss adds to scores, a scalar; only with `initial_bias`."""
+        return self.bias_value
 
     def check(self) -> None:
         """Raises UserError where attributes do not fit together; builds nothing."""

@@ -71,6 +71,7 @@ def model(
     named = dict(
         initial_temperature=shared.temperature,
         temperature_range=(shared.coldest, shared.warmest or float("inf")),
+        initial_bias=stage.contrast.bias if stage.contrast.kind == "sigmoid" else None,
     )
     tower = stage.text_tower
     own = {name: value for name, value in tower.to_dict().items() if name not in ("name", "size")}
@@ -149,6 +150,7 @@ def objective(config: Config, stage_name: str) -> dict[str, Any]:
         "final"
     ):
         uta["clip_final"] = 0.0
+    del contrast["bias"]  # the model's
     return contrast | dict(
         weights=stage.losses.to_dict(),
         slots=slots(config, stage_name),
@@ -198,6 +200,8 @@ def program(config: Config, stage: Stage) -> base.Program:
     key, loads = base.stage_key(config, stage), modalities(config, stage.name)
     loss = dict(model=made, **objective(config, stage.name))
     held_out = jax.random.fold_in(key, base.EVAL_STREAM)
+    rows = options.batch_size // options.accumulation
+    evaluated = contrastive.make_loss(stage_key=held_out, train=False, rows=rows, **loss)
     encoder = made.vision.encoder
     built = base.Program(
         **of_program,
@@ -205,7 +209,7 @@ def program(config: Config, stage: Stage) -> base.Program:
         encoder=encoder,
         encoder_path="vision/encoder",
         train_step=contrastive.make_train_step(stage_key=key, **loss, **of_update),
-        eval_loss=named_averages(contrastive.make_loss(stage_key=held_out, train=False, **loss)),
+        eval_loss=named_averages(evaluated),
         visible_tokens=visible_count(encoder, options.mask.to_dict()) + encoder.prefix,
         flops_per_clip=0,
         modalities=loads,

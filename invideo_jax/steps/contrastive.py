@@ -3,6 +3,7 @@
 Source: InternVideo2 (arXiv:2403.15377) 3.3; OpenGVLab/InternVideo InternVideo2/multi_modality.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,16 @@ from invideo_jax.registry import nearest
 from invideo_jax.state import TrainState
 from invideo_jax.steps.masked import example_keys, host_key
 from invideo_jax.steps.pair_losses import LOSSES, SIDES, TOWERS, Objective
-from invideo_jax.steps.update import Batch, Metrics, Schedule, Split, two_pass, update
+from invideo_jax.steps.update import (
+    Batch,
+    Metrics,
+    Schedule,
+    Split,
+    in_parts,
+    parts_of,
+    two_pass,
+    update,
+)
 from invideo_jax.towers import Towers
 
 PyTree = Any
@@ -61,7 +71,7 @@ def make_objective(
         words: ratio, hidden and swapped of `draw_words`; pad, first and mask of `mask_words`; vocabulary.
         negatives: kind 'hard' or 'uniform', and floor of `negatives.weights`.
         uta: factors of the alignments with the stage-1 teacher; images_only leaves videos out.
-        kind, form, chunk: of `pairs.contrastive`.
+        kind, form, chunk: of `pairs.contrastive`; 'sigmoid' needs a model with a bias.
         positives, corpora: of `positives.example_ids`.
         equal_texts: rows with the same text are positives too.
         gradient_factor: of what contrastive losses give to embeddings, not to the temperature; the
@@ -87,6 +97,11 @@ def make_objective(
     if negatives["kind"] not in ("hard", "uniform"):
         raise UserError(
             f"negatives.kind must be 'hard' or 'uniform'; got kind={negatives['kind']!r}."
+        )
+    if kind == "sigmoid" and model.initial_bias is None:
+        raise UserError(
+            "kind='sigmoid' needs a model with a bias of its scores; got initial_bias=None. Give the "
+            "model one (SigLIP: -10), or use kind='softmax'."
         )
     for name in wanted:
         _check_loss(name, model, slots, words, ratios)
@@ -166,7 +181,12 @@ def _still(slots: Mapping[str, str], trainable: PyTree | None) -> frozenset[str]
 
 
 def make_loss(
-    *, model: nn.Module, stage_key: jax.Array, train: bool = True, **options: Any
+    *,
+    model: nn.Module,
+    stage_key: jax.Array,
+    train: bool = True,
+    rows: int | None = None,
+    **options: Any,
 ) -> Split:
     """The loss (params, batch) -> (Mean, averages by name), which is also in two parts.
 
@@ -174,13 +194,22 @@ def make_loss(
         model, options: of `make_objective`.
         stage_key: random key of the stage; every draw for an example comes from it and `position`.
         train: False switches dropout and drop path off; masks and negatives are drawn all the same.
+        rows: at most so many go through the model at a time, as those of a microbatch of the train step;
+            it stands for `match_parts`. None: all at once. Changes memory and no value; for evaluations.
     """
     objective, key = make_objective(model, **options), host_key(stage_key)
     keys = lambda batch: example_keys(key(), batch["position"])
-    return Split(
-        lambda params, batch: objective.encode(params, batch, keys(batch), train),
-        lambda params, encoded, batch: objective.join(params, encoded, batch, keys(batch), train),
-    )
+
+    def encode(params, batch):
+        return objective.encode(params, batch, keys(batch), train)
+
+    def join(params, encoded, batch):
+        of = objective
+        if rows is not None:
+            of = dataclasses.replace(of, match_parts=parts_of(len(batch["valid"]), rows))
+        return of.join(params, encoded, batch, keys(batch), train)
+
+    return Split(encode if rows is None else in_parts(encode, rows), join)
 
 
 def make_train_step(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from invideo_jax import losses, pairs
+from invideo_jax.errors import UserError
 from invideo_jax.losses import Mean
 from invideo_jax.models.attention import fold
 from invideo_jax.sharding import constrain
@@ -67,9 +68,17 @@ def scores(
     Returns:
         float [3, B, 2].
 
+    Raises:
+        UserError: a batch that cannot be cut so.
+
     Source: InternVideo2 multi_modality/models/criterions.py (VTM).
     """
     size = len(texts[0])
+    if size % parts:
+        raise UserError(
+            f"The batch must be a multiple of match_parts; got batch={size}, match_parts={parts}. "
+            "Change either."
+        )
     other = lambda tree, rows: jax.tree.map(lambda x: pairs.take_rows(x, rows, form=form), tree)
     three = lambda *kinds: jax.tree.map(lambda *x: jnp.stack(x), *kinds)
     all_texts = three(texts, texts, other(texts, negatives.texts))

@@ -225,7 +225,7 @@ class Objective:
         encoded = {k: stop(v) if k in self.still else v for k, v in encoded.items()}
         temperature = run("temperature")
         contrast = self.contrast | dict(temperature=temperature)
-        if self.contrast["kind"] == "sigmoid" and hasattr(self.model, "bias"):
+        if self.contrast["kind"] == "sigmoid":
             contrast |= dict(bias=run("bias"))
         found, more = {}, {}
         for name in self.weights:

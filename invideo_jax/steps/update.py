@@ -232,6 +232,11 @@ def _accumulate(grad: Callable, params: PyTree, batch: PyTree, parts: int):
     return jax.lax.scan(body, zeros, micro)[0]
 
 
+def parts_of(size: int, rows: int) -> int:
+    """The fewest equal parts of `size` rows that have at most `rows` rows each."""
+    return next(n for n in range(1, size + 1) if size % n == 0 and size // n <= rows)
+
+
 def in_parts(apply: Callable[[PyTree, Batch], dict[str, jax.Array]], rows: int):
     """`apply` on at most `rows` rows of the batch at a time, so that what it holds for all of them is small.
 
@@ -246,7 +251,7 @@ def in_parts(apply: Callable[[PyTree, Batch], dict[str, jax.Array]], rows: int):
 
     def run(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         whole = next(iter(batch.values())).shape[0]
-        parts = next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= rows)
+        parts = parts_of(whole, rows)
         if parts == 1:
             return apply(params, batch)
         body = lambda _, micro: (None, on_rows(apply(params, on_rows(micro))))
