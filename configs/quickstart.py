@@ -12,7 +12,8 @@ Stage `masked`: VideoMAE's objective at a size for a laptop: clips of 8 frames (
 which the encoder sees a quarter, the ratio VideoMAE uses for its smallest dataset. The optimiser is Muon, which got further
 on so little training than AdamW did.
 Stage `contrastive`: video and text meet in one space, by the contrastive loss alone; docs/contrastive.md has what it reaches.
-After the colon: `masked` for the first stage alone, which needs no captions; `smoke`, for seconds instead of minutes.
+After the colon: `masked` for the first stage alone, which needs no captions; `contrastive` for the second alone, from
+`stages.contrastive.init.source`; `sound`: clips are found by what is seen and heard; `smoke`, for seconds instead of minutes.
 """
 
 import ml_collections
@@ -21,7 +22,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    words = common.parse_arg(arg, "masked", "smoke")
+    words = common.parse_arg(arg, "masked", "contrastive", "sound", "smoke")
     c = common.base()
     c.data.train = "synthetic:data/synthetic"
     c.model.size = "Mini"
@@ -49,6 +50,11 @@ def get_config(arg=None):
     c.log.every = "40 steps"
     if not words["masked"]:
         add_contrastive(c)
+    if words["sound"]:
+        add_sound(c)
+    if words["contrastive"]:
+        del c.stages.masked, c.evals.reconstruction
+        c.stage_order = ("contrastive",)
     return common.smoke(c) if words["smoke"] else c
 
 
@@ -56,8 +62,8 @@ def add_contrastive(c: ml_collections.ConfigDict) -> None:
     """The second stage, which takes the encoder of the first."""
     stage = c.stages.contrastive = common.contrastive_stage()
     c.stage_order = ("masked", "contrastive")
-    stage.length = "400 steps"
-    stage.batch_size = 128
+    stage.length = "240 steps"
+    stage.batch_size = 64
     stage.clip = c.stages.masked.clip.copy_and_resolve_references()
     stage.mask.video = 0.75
     # What `python -m invideo_jax.tokenizer` makes of these captions: 12 tokens each, 24 or fewer in 99 %.
@@ -83,7 +89,22 @@ def add_contrastive(c: ml_collections.ConfigDict) -> None:
     stage.init.fresh = (r"^(vision|text)_projection/", r"^text/", r"^temperature$")
     stage.init.leftover = (r"^(?!encoder/)",)  # the decoder, which has done its work
     c.evals.reconstruction.stages = ("masked",)
-    retrieval = dict(every="25%", examples=300, stages=("contrastive",))
+    retrieval = dict(every="25%", examples=300, text="video", gallery="video")
+    retrieval |= dict(stages=("contrastive",))
     c.evals.retrieval = ml_collections.ConfigDict(retrieval)
     c.checkpoint.best = "retrieval/text_video_r1"
     c.checkpoint.best_mode = "max"
+
+
+def add_sound(c: ml_collections.ConfigDict) -> None:
+    """Sound and picture together are aligned with captions that name both, and with those of pictures."""
+    stage = c.stages.contrastive
+    stage.audio.name = "audio_vit"
+    stage.audio.size = "Mini"
+    stage.audio.seconds = 2.0  # as long as the clips
+    stage.shared.fusion_width = 128
+    stage.losses.vtc, stage.losses.avtc = 0.0, 1.0
+    stage.text.of.video, stage.text.of.audio_video = "", "fused+video"
+    stage.init.fresh += (r"^audio(_projection|_tokens)?/", r"^av_fusion/", r"^vision_tokens/")
+    c.evals.retrieval.text, c.evals.retrieval.gallery = "fused", "audio_video"
+    c.checkpoint.best = "retrieval/text_audio_video_r1"

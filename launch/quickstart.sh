@@ -7,4 +7,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ensure_environment ""
 "$VENV_PYTHON" -m invideo_jax.data.synthetic --output=data/synthetic
+"$VENV_PYTHON" -m invideo_jax.tokenizer --data=synthetic:data/synthetic --output=data/captions.model --vocabulary=500
 exec "$VENV_PYTHON" -m invideo_jax.train --config=configs/quickstart.py --workdir=workdir "$@"

@@ -35,7 +35,7 @@ def dot_flops(program: str) -> int:
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
 def test_encoder_flops_of_the_compiled_train_step(ratio):
-    recipe = f"{REPOSITORY}/configs/quickstart.py"
+    recipe = f"{REPOSITORY}/configs/quickstart.py:masked"
     options = [f"stages.masked.mask.ratio={ratio}", "stages.masked.optimizer.name=adamw"]
     config = config_lib.load(recipe, [*options, "stages.masked.batch_size=2"]).config
     stage = train.place_stages(config, epoch_examples=100)[0]

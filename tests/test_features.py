@@ -355,7 +355,7 @@ def test_the_newest_checkpoint_of_a_run(tmp_path, monkeypatch):
     """A workdir: the encoder of its stage, with the average where asked for."""
     monkeypatch.chdir(REPOSITORY)
     override = "stages.masked.ema_decay=0.9"
-    config = config_lib.load("configs/quickstart.py:smoke", [override]).config
+    config = config_lib.load("configs/quickstart.py:masked,smoke", [override]).config
     stage = run_lib.place_stages(config, 100)[0]
     program = programs.program(config, stage)
     mesh, rng = sharding.make_mesh(), np.random.default_rng(0)

@@ -38,7 +38,7 @@ def videos(tmp_path_factory):
 
 
 def command(videos, folder, *more: str) -> list[str]:
-    recipe = f"--config={REPOSITORY}/configs/quickstart.py:smoke"
+    recipe = f"--config={REPOSITORY}/configs/quickstart.py:masked,smoke"
     data = f"--config.data.train={videos}"
     return [sys.executable, "-m", "invideo_jax.train", recipe, data, f"--workdir={folder}", *more]
 

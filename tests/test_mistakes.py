@@ -12,7 +12,7 @@ from data.video_files import write
 
 from invideo_jax import runtime, train
 
-RECIPE = f"{REPOSITORY}/configs/quickstart.py:smoke"
+RECIPE = f"{REPOSITORY}/configs/quickstart.py:masked,smoke"
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,10 @@ def videos(tmp_path_factory):
 def start(videos, folder, count: int, *more: str) -> list[subprocess.Popen]:
     """`count` processes of one run, one CPU device each."""
     words = [sys.executable, "-m", "invideo_jax.train"]
-    words += [f"--config={REPOSITORY}/configs/quickstart.py:smoke", f"--config.data.train={videos}"]
+    words += [
+        f"--config={REPOSITORY}/configs/quickstart.py:masked,smoke",
+        f"--config.data.train={videos}",
+    ]
     words += [f"--workdir={folder}", f"--config.stages.masked.length={STEPS}"]
     words += ["--config.checkpoint.every=10", "--config.log.every=20", *more]
     words += ["--config.stages.masked.accumulation=2", "--config.evals.reconstruction.every=20"]

@@ -17,7 +17,7 @@ RECIPE = '''"""Two short stages of the smoke recipe."""
 from configs import quickstart
 
 def get_config(arg=None):
-    c = quickstart.get_config("smoke")
+    c = quickstart.get_config("masked,smoke")
     c.stage_order = ("masked", "longer")
     c.stages.masked.length = "6 steps"
     c.stages.masked.schedule.warmup = "2 steps"

@@ -35,7 +35,7 @@ def videos(tmp_path_factory):
 
 
 def words(data, folder, *more):
-    recipe = f"--config={REPOSITORY}/configs/quickstart.py:smoke"
+    recipe = f"--config={REPOSITORY}/configs/quickstart.py:masked,smoke"
     return [recipe, f"--config.data.train={data}", f"--workdir={folder}", *OPTIONS, *more]
 
 

@@ -45,7 +45,10 @@ SETTINGS = {
 def measure(folder: pathlib.Path, videos: pathlib.Path, workers: int, steps: int, options) -> tuple:
     """(share of time waiting, clips a second) over all windows but the first, which fills the queues."""
     words = [sys.executable, "-m", "invideo_jax.train"]
-    words += [f"--config={REPOSITORY}/configs/quickstart.py", f"--config.data.train={videos}"]
+    words += [
+        f"--config={REPOSITORY}/configs/quickstart.py:masked",
+        f"--config.data.train={videos}",
+    ]
     words += [f"--workdir={folder}", f"--config.stages.masked.length={steps}", *COMMON]
     words += ["--config.log.every=10", f"--config.data.workers={workers}", *options]
     subprocess.run(words, cwd=REPOSITORY, check=True, capture_output=True)
