@@ -76,16 +76,17 @@ def reconstructions(run: Workdir, files: Files) -> str:
 
 
 def curves(run: Workdir, files: Files) -> str:
-    """Loss over steps, then learning rate, gradient norm and speed."""
-    losses = [
-        Line(name.removesuffix("/loss"), *run.series(name), dots=name.startswith("eval/"))
-        for name in run.names()
-        if name.endswith("/loss")
-    ]
+    """Loss over steps, of each stage; then learning rate, gradient norm and speed."""
     reference = (1.0, "predicting each patch's mean") if _normalised(run) else None
-    big = chart(losses, title="Loss", reference=reference, x_label="update", width=960, height=360)
-    if big:
-        files["loss.svg"] = big.encode()
+    options = dict(reference=reference, x_label="update", width=960, height=360)
+    of_stages = _losses(run)
+    big = ""
+    for number, (stage, lines) in enumerate(of_stages.items()):
+        title = f"Loss, {stage}" if len(of_stages) > 1 else "Loss"
+        drawn = chart(lines, title=title, **options)
+        if drawn:
+            files["loss.svg" if number == 0 else f"loss_{stage}.svg"] = drawn.encode()
+        big += drawn
     charts = []
     for title, ending in _SMALL_CHARTS:
         names = [n for n in (*run.names(), "perf/clips_per_s") if n.endswith(ending)]
@@ -96,6 +97,43 @@ def curves(run: Workdir, files: Files) -> str:
         charts.append(chart(lines, title=title, x_label="update", width=474, height=230))
     drawn = "".join(charts)
     return f"<h2>Curves</h2>{big}<div class='charts'>{drawn}</div>" if big or drawn else ""
+
+
+def _losses(run: Workdir) -> dict[str, list[Line]]:
+    """The losses by stage: stages may measure in different units. An evaluation's are of the stage it was made in."""
+    line = lambda name: Line(
+        name.removesuffix("/loss"), *run.series(name), name.startswith("eval/")
+    )
+    names = [name for name in run.names() if name.endswith("/loss")]
+    stages = [name for name in names if not name.startswith("eval/")]
+    found = {name.removesuffix("/loss"): [line(name)] for name in stages}
+    for name in (name for name in names if name not in stages):
+        last = run.series(name)[0][-1]
+        ended = [stage for stage in stages if run.series(stage)[0][-1] >= last] or stages[-1:]
+        found.setdefault(ended[0].removesuffix("/loss") if ended else "", []).append(line(name))
+    return found
+
+
+def retrieval(run: Workdir, files: Files) -> str:
+    """How often texts and clips find each other, over steps, beside chance."""
+    ends = ("_r1", "_r5")
+    names = [n for n in run.names() if n.startswith("eval/") and n.endswith(ends)]
+    chance = [n for n in names if n.endswith("chance_r1")]
+    names = [n for n in names if n not in chance]
+    if not names:
+        return ""
+    alone = len({n.split("/")[1] for n in names}) == 1
+    short = lambda n: n.rpartition("/")[2] if alone else n.removeprefix("eval/")
+    lines = [Line(short(n), *run.series(n), dots=True) for n in names]
+    level = (run.series(chance[0])[1][-1], "chance of r1") if chance else None
+    title = "First (r1), among five (r5)"
+    drawn = chart(lines, title=title, reference=level, x_label="update", width=960, height=300)
+    files["retrieval.svg"] = drawn.encode()
+    text = (
+        "text_video: captions of held-out clips that find their clip first, or among the first five; "
+        "video_text: clips that find one of their captions so."
+    )
+    return f"<h2>Retrieval</h2><p>{text}</p>{drawn}"
 
 
 def _normalised(run: Workdir) -> bool:
@@ -216,6 +254,7 @@ SECTIONS: tuple[Callable[[Workdir, Files], str], ...] = (
     facts,
     reconstructions,
     curves,
+    retrieval,
     evaluations,
     next_steps,
     bad_examples,

@@ -400,3 +400,29 @@ def test_the_command_works_without_any_extra(workdir):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(workdir / "report" / "index.html")
     assert (workdir / "report" / "reconstructions.gif").stat().st_size > 1000
+
+
+def test_stages_have_a_loss_chart_each_and_retrieval_has_its_own(tmp_path):
+    """Losses of two stages differ a thousandfold; what finds what is drawn beside chance."""
+    folder = tmp_path / "run"
+    with metrics.open_writers(folder, steps_done=None, process_index=0) as writer:
+        writer.write_scalars(10, {"masked/loss": 0.008})
+        writer.write_scalars(10, {"eval/reconstruction/loss": 0.009})
+        for step, r1 in ((20, 0.05), (30, 0.1)):
+            writer.write_scalars(step, {"contrastive/loss": 4.0})
+            found = {"text_video_r1": r1, "video_text_r5": 3 * r1, "chance_r1": 0.01}
+            found |= {"video_text_chance_r1": 0.01, "text_video_median_rank": 12.0}
+            writer.write_scalars(step, {f"eval/retrieval/{k}": v for k, v in found.items()})
+    page = report.build(folder)
+    lines = {
+        name: set(labels_of((page.parent / name).read_text(), "start"))
+        for name in ("loss.svg", "loss_contrastive.svg", "retrieval.svg")
+    }
+    assert lines["loss.svg"] == {"Loss, masked", "masked", "eval/reconstruction"}
+    assert lines["loss_contrastive.svg"] == {"Loss, contrastive", "contrastive"}
+    assert lines["retrieval.svg"] == {"First (r1), among five (r5)"} | {
+        "text_video_r1",
+        "video_text_r5",
+    }
+    assert "chance of r1" in labels_of((page.parent / "retrieval.svg").read_text(), "end")
+    assert "<h2>Retrieval</h2>" in page.read_text()
