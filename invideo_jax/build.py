@@ -15,7 +15,6 @@ from invideo_jax.data.bad import BadLedger
 from invideo_jax.data.decode import BadVideo, Limits
 from invideo_jax.data.pipeline import Loader
 from invideo_jax.data.sources import NoSuchSplit, Source, open_source, parse_mixture
-from invideo_jax.data.text import Tokenizer
 from invideo_jax.data.transforms import ClipSpec
 from invideo_jax.errors import UserError
 from invideo_jax.evals import EVALUATORS, Given
@@ -104,50 +103,6 @@ def held_out_sources(config: ml_collections.ConfigDict, train: Sequence[Source])
         if source is None or found.fingerprint() != source.fingerprint():  # equal: it has no splits
             opened.append(found)
     return opened
-
-
-def tokenizers(
-    config: ml_collections.ConfigDict, made: Mapping[str, Program]
-) -> dict[str, Tokenizer]:
-    """The tokenizer of each stage that has texts.
-
-    Args:
-        made: programs by the names of their stages.
-
-    Raises:
-        UserError: none there, or one that the text tower was not built for.
-    """
-    found = {}
-    for name, program in made.items():
-        if program.modalities and program.modalities.text:
-            found[name] = program.modalities.text.open()
-            check_tokenizer(found[name], config.stages[name].text, key=f"stages.{name}.text")
-    return found
-
-
-def check_tokenizer(found: Tokenizer, text: ml_collections.ConfigDict, *, key: str) -> None:
-    """Raises UserError unless a tokenizer gives the numbers that the config says the tower was built for."""
-    for name in ("vocabulary", "pad", "mask"):
-        its = getattr(found, name)
-        if its is not None and its != text[name]:
-            raise UserError(
-                f"The tokenizer must be the one that the text tower was built for; {text.tokenizer} has "
-                f"{name}={its}, {key}.{name}={text[name]}. Give the tower's own tokenizer, or for a tower without "
-                f"trained weights --config.{key}.{name}={its}."
-            )
-
-
-def tokenizer_folder(workdir: pathlib.Path, stage_name: str) -> pathlib.Path:
-    """Where a run keeps the tokenizer of a stage."""
-    return workdir / "tokenizer" / stage_name
-
-
-def use_kept_tokenizers(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Names in the config of a run the tokenizers that the run keeps, in place: the files it names may be gone."""
-    for name, stage in config.stages.items():
-        folder = tokenizer_folder(workdir, name)
-        if "text" in stage and folder.is_dir():
-            stage.text.tokenizer = str(folder)
 
 
 def train_loader(

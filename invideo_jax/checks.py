@@ -86,6 +86,7 @@ RULES: tuple[Rule, ...] = (
     ("stages.*.mask.image", *_SHARE),
     ("stages.*.text.length", *_COUNT),
     ("stages.*.text.vocabulary", *_COUNT),
+    ("stages.*.text.unused", *_NOT_NEGATIVE),
     ("stages.*.text.min_words", *_NOT_NEGATIVE),
     ("stages.*.text_tower.dropout", *_SHARE),
     ("stages.*.audio.seconds", *_POSITIVE),

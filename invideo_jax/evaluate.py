@@ -22,6 +22,7 @@ from invideo_jax import (
     run,
     runtime,
     sharding,
+    stage_words,
     stored,
     teaching,
 )
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--workdir must be the folder of a run; there is no {folder}.")
         params, meta, which = _parameters(folder, arguments.step, arguments.weights)
         config = config_lib.from_saved(meta["config"])
-        build.use_kept_tokenizers(config, folder)
+        stage_words.use_kept(config, folder)
         training, out = True, f"evaluation_{meta['step']:08d}"
         if arguments.config:
             recipe = config_lib.load(arguments.config)

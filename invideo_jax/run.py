@@ -23,6 +23,7 @@ from invideo_jax import (
     runtime,
     sharding,
     stage_start,
+    stage_words,
     stages,
     teaching,
     workdir,
@@ -38,8 +39,8 @@ from invideo_jax.state import TrainState
 Batch = dict[str, jax.Array]
 
 # Keys that may change from one start of a run to the next without being allowed by name: the training
-# does not depend on them (on `mesh` only by the order of floating-point sums). What `data.train` names is compared by its
-# content (`Run.data`): one folder may be spelled in several ways.
+# does not depend on them (on `mesh` only by the order of floating-point sums). What `data.train` and `text.tokenizer` of a
+# stage name is compared by its content (`Run.data`): one folder may be spelled in several ways, and move.
 FREE_KEYS = (
     "checkpoint",
     "data.bad_count",
@@ -131,6 +132,7 @@ class Run:
         self.sources, self.weights = build.train_sources(config)
         self.held_out = build.held_out_sources(config, self.sources)
         self.plan = place_stages(config, sum(map(len, self.sources)))
+        self.there = stage_words.at_start(config, self.folder)
         self.programs = {stage.name: self._program(stage) for stage in self.plan}
         self.starts = self._plan_starts()
         self._look_at_teachers()
@@ -138,7 +140,8 @@ class Run:
             f"source{number}": {"fingerprint": source.fingerprint(), "weight": weight}
             for number, (source, weight) in enumerate(zip(self.sources, self.weights))
         }
-        self.tokenizers = build.tokenizers(config, self.programs)
+        self.tokenizers = stage_words.open_all(config, self.programs)
+        stage_words.check_handed_over(self.starts, self.tokenizers)
         self.data |= {f"tokenizer/{k}": {"digest": t.digest} for k, t in self.tokenizers.items()}
 
     def say(self, text: str) -> None:
@@ -161,7 +164,7 @@ class Run:
                 f"steps of {stage.batch_size}. Split it in two stages."
             )
         sharding.check_batch(self.mesh, stage.batch_size, accumulation=options.accumulation)
-        program = programs.program(self.config, stage)
+        program = programs.program(self.there, stage)
         for name, heads in sharding.heads_of(program.model):
             sharding.check_heads(self.mesh, heads, name=name)
         for teacher, frozen in program.teacher.models.items() if program.teacher else ():
@@ -198,9 +201,11 @@ class Run:
 
     def _refuse_other_config(self, meta: dict[str, Any]) -> None:
         """A workdir belongs to one config and one set of data; changes must be allowed by name."""
+        stage_words.refuse_others(self.tokenizers, meta["data"], self.folder, self.allow)
         now = self.config.to_dict() | {"data_found": self.data}
         saved = meta["config"] | {"data_found": meta["data"]}
-        changed = config_lib.require_unchanged(saved, now, free=FREE_KEYS, allowed=self.allow)
+        free = (*FREE_KEYS, *(f"stages.{name}.text.tokenizer" for name in self.tokenizers))
+        changed = config_lib.require_unchanged(saved, now, free=free, allowed=self.allow)
         for key, (old, new) in changed.items():
             self.say(f"changed since the last checkpoint: {key}: {old!r} -> {new!r}")
 
@@ -297,7 +302,7 @@ class Run:
         }.items():
             metrics.replace_file(self.folder / name, text.encode())
         for name, tokenizer in self.tokenizers.items():
-            tokenizer.save(build.tokenizer_folder(self.folder, name))
+            tokenizer.save(stage_words.folder(self.folder, name))
 
     def _introduce(self) -> None:
         """Says what runs on what."""

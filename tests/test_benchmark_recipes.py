@@ -181,9 +181,10 @@ def test_a_recipe_of_a_run_is_no_protocol():
 
 def test_texts_that_are_asked_for_are_written_as_in_training():
     config = stage_two()
-    plain = contrastive.query_tokens(config, "contrastive")
+    config.stages.contrastive.text.normalise = ""
+    plain = contrastive.modalities(config, "contrastive").text.asked
     config.stages.contrastive.text.normalise = "internvideo2"
-    asked = contrastive.query_tokens(config, "contrastive")
+    asked = contrastive.modalities(config, "contrastive").text.asked
     for one, other in zip(asked(["A (Dog)!", "x-y"]), plain(["a dog", "x y"])):
         np.testing.assert_array_equal(one, other)
     assert not np.array_equal(plain(["A (Dog)!"])[0], plain(["a dog"])[0])

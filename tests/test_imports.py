@@ -13,6 +13,7 @@ LAYERS = (
     ("train", "evaluate", "features", "search", "teacher_cache", "tokenizer"),
     ("run",),
     ("checks",),
+    ("stage_words",),
     ("build", "teaching", "stage_start", "protocols"),
     ("programs",),
     ("report",),
@@ -87,7 +88,15 @@ def test_arrows_point_down():
 def test_only_command_lines_see_the_config_object():
     readers = {part_of(f) for f in PACKAGE.rglob("*.py") if "ml_collections" in f.read_text()}
     commands = {"train", "evaluate", "protocols", "teacher_cache"}
-    assert readers <= commands | {"config", "build", "programs", "checks", "run", "stage_start"}
+    assert readers <= commands | {
+        "config",
+        "build",
+        "programs",
+        "checks",
+        "run",
+        "stage_start",
+        "stage_words",
+    }
 
 
 def test_data_imports_no_jax():

@@ -51,8 +51,9 @@ def contrastive_stage() -> ml_collections.ConfigDict:
     stage.text.min_words = 1  # a text of fewer counts as none
     # What the towers were built for; a tokenizer that says otherwise is an error.
     stage.text.vocabulary = 30522
+    stage.text.unused = 0  # rows at the end of the table of words that may stand for no token
     stage.text.pad = 0
-    stage.text.first = 101  # never hidden
+    stage.text.first = 101  # never hidden; -1: it has none
     stage.text.mask = 103  # stands for hidden words; -1: it has none
     # Which text of an example each view of it is paired with: 'video', 'audio', 'audio_video', 'fused', 'speech';
     # 'fused|video': the first there is; 'video+audio': one of them at random; '': none.
@@ -174,6 +175,8 @@ def llama_words(stage: ml_collections.ConfigDict) -> None:
     """The vocabulary of chinese-alpaca, with InternVL-C's prompt."""
     text = stage.text
     text.length, text.vocabulary, text.pad, text.first, text.mask = 80, 49954, 0, 1, -1
+    # tokenizer.model has 49,953 pieces; the token that was added by hand, [PAD], is not used: 0 pads.
+    text.unused = 1
     text.prefix = "summarize:"
     stage.text_tower.dropout = 0.1
 
@@ -182,7 +185,8 @@ def smoke_contrastive(stage: ml_collections.ConfigDict) -> None:
     """Small towers, and bytes for words."""
     stage.text_tower.size = "Micro"
     stage.text.tokenizer = "bytes"
-    stage.text.vocabulary, stage.text.pad, stage.text.first, stage.text.mask = 260, 0, 1, 3
+    stage.text.vocabulary, stage.text.unused = 260, 0
+    stage.text.pad, stage.text.first, stage.text.mask = 0, 1, 3
     stage.text.length = 24
     if stage.audio.name:
         stage.audio.size = "Micro"

@@ -146,6 +146,11 @@ def normalise_caption(text: str) -> str:
     return " ".join(text.split())
 
 
+def written(text: str, normalise: str) -> str:
+    """A text as it is tokenised; `normalise` as in `CaptionRule`."""
+    return normalise_caption(text) if normalise else text
+
+
 def _as_rule(rule: str | CaptionRule) -> CaptionRule:
     return rule if isinstance(rule, CaptionRule) else CaptionRule(rule)
 
@@ -161,8 +166,7 @@ def _present(example: Mapping[str, Any], rule: CaptionRule) -> Sequence[list[tup
 def _usable(texts: tuple[str, ...], rule: CaptionRule) -> tuple[str, ...]:
     if rule.join and texts:
         texts = (" ".join(texts),)
-    if rule.normalise:
-        texts = tuple(map(normalise_caption, texts))
+    texts = tuple(written(text, rule.normalise) for text in texts)
     return tuple(text for text in texts if text and len(text.split()) >= rule.min_words)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from invideo_jax.data.audio import AudioSpec, load_audio
-from invideo_jax.data.captions import CaptionRule, choose
+from invideo_jax.data.captions import CaptionRule, choose, written
 from invideo_jax.data.decode import Limits
 from invideo_jax.data.sources.base import Example
 from invideo_jax.data.speech import speech_in
@@ -37,20 +37,35 @@ class TextSpec:
         length: L.
         slots: (slot, rule) pairs.
         prefix: stands before every text.
+        normalise: how texts that are asked for are written, as those of the slots are; see `CaptionRule`.
     """
 
     tokenizer: str
     length: int
     slots: tuple[tuple[str, CaptionRule], ...]
     prefix: str = ""
+    normalise: str = ""
 
     def open(self) -> Tokenizer:
         """The tokenizer, read once in each process."""
         return _tokenizer(self.tokenizer, self.prefix)
 
+    def reopen(self) -> Tokenizer:
+        """The tokenizer, read anew: a process may start several runs, and its file change between them."""
+        _tokenizer.cache_clear()
+        return self.open()
+
     def tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 [n, L] and validity bool [n, L] of texts as they are; '' gives none."""
         return self.open()(texts, self.length)
+
+    def written(self, text: str) -> str:
+        """A text that an evaluation or a search asks for, as those of training are written."""
+        return written(text, self.normalise)
+
+    def asked(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """`tokens` of texts that an evaluation or a search asks for."""
+        return self.tokens([self.written(text) for text in texts])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,6 +146,11 @@ class Tokenizer:
         """Each id as it stands in the vocabulary."""
         return self._backend().pieces(ids)
 
+    def same_words(self, other: "Tokenizer") -> bool:
+        """Whether both give a text the same ids, whatever prefix each puts before it."""
+        bare = lambda t: _digest(t._contents(), dataclasses.replace(t.settings, prefix=""))
+        return bare(self) == bare(other)
+
     def unknown_share(self, encoded: Sequence[Sequence[int]]) -> float:
         """The share of ids that stand for something the vocabulary doesn't know."""
         unknown = self._backend().unknown
@@ -243,16 +248,17 @@ def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, unused: int = 0) -> 
 
     Args:
         vocabulary: rows of the table.
-        unused: rows at its end that stand for no token (tables padded to a round number).
+        unused: rows at its end that may stand for no token (tables padded to a round number; a token that
+            one form of the same tokenizer lists and another doesn't).
 
     Raises:
         UserError: another number of rows: ids would read the wrong row, or none.
     """
-    if tokenizer.vocabulary + unused != vocabulary:
-        spare = f" and unused={unused}" if unused else ""
+    if not vocabulary - unused <= tokenizer.vocabulary <= vocabulary:
+        spare = f", at most {unused} of them unused" if unused else ""
         raise UserError(
             f"The vocabulary of a tokenizer must be that of the text encoder's weights; {tokenizer.name} has "
-            f"{tokenizer.vocabulary} tokens{spare}, the table of the weights {vocabulary} rows. Use the tokenizer that "
+            f"{tokenizer.vocabulary} tokens, the table of the weights {vocabulary} rows{spare}. Use the tokenizer that "
             f"the weights were trained with, or a text encoder with vocabulary={tokenizer.vocabulary + unused}."
         )
 

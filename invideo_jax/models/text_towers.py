@@ -21,6 +21,16 @@ KINDS = {
 }
 
 
+# Kinds that look at the id of padding. The others are told which places are real, and never look at the rest: their
+# published tokenizers pad with one id or another.
+READ_PADDING = ("bert",)
+
+
+def has_pad(kind: str) -> bool:
+    """Whether towers of a kind have the attribute `pad`."""
+    return kind in KINDS and hasattr(KINDS[kind][0], "pad")
+
+
 def build(kind: str, size: str, /, *, dropout: float = 0.0, **overrides: Any) -> TextTower:
     """The tower of a row of `sizes`.
 

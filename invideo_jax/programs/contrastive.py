@@ -1,17 +1,15 @@
 """Stages that align video with text, sound and speech: InternVideo2's second stage, CLIP, ViCLIP."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from invideo_jax.data.audio import AudioSpec
-from invideo_jax.data.captions import CaptionRule, normalise_caption
+from invideo_jax.data.captions import CaptionRule
 from invideo_jax.data.modalities import Modalities, TextSpec
 from invideo_jax.errors import UserError
 from invideo_jax.models import alignment, audio_encoder, stage2, text_towers, video_clip
@@ -47,17 +45,15 @@ def modalities(config: Config, stage_name: str) -> Modalities:
     for slot in dict.fromkeys(slots(config, stage_name).values()):
         rule = CaptionRule(text.of[slot], normalise=text.normalise, min_words=text.min_words)
         found.append((slot, rule))
-    spec = TextSpec(text.tokenizer, text.length, tuple(found), text.prefix)
+    spec = TextSpec(text.tokenizer, text.length, tuple(found), text.prefix, text.normalise)
     return Modalities(spec, audio_spec(config, stage_name))
 
 
-def query_tokens(
-    config: Config, stage_name: str
-) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
-    """Tokens of texts that an evaluation or a search asks for, written as the texts of training are."""
-    text, spec = config.stages[stage_name].text, modalities(config, stage_name).text
-    written = normalise_caption if text.normalise else str
-    return lambda texts: spec.tokens([written(t) for t in texts])
+def hides_words(stage: Config) -> bool:
+    """Whether a loss of the stage needs a token that stands for hidden words."""
+    return any(
+        weight and pair_losses.LOSSES[name].kind == "words" for name, weight in stage.losses.items()
+    )
 
 
 def model(
@@ -76,6 +72,8 @@ def model(
     tower = stage.text_tower
     own = {name: value for name, value in tower.to_dict().items() if name not in ("name", "size")}
     own |= dict(vocabulary=stage.text.vocabulary)
+    if text_towers.has_pad(tower.name):
+        own |= dict(pad=stage.text.pad)
     if stage.objective == "towers":
         vision = _projected(encoder, stage_name, shared)
         text = text_towers.build(
@@ -142,9 +140,9 @@ def objective(config: Config, stage_name: str) -> dict[str, Any]:
     """Options of the stage's losses, as `contrastive.make_objective` takes them."""
     stage = config.stages[stage_name]
     text, contrast = stage.text, stage.contrast.to_dict()
-    words = stage.words.to_dict() | dict(
-        pad=text.pad, first=text.first, mask=text.mask, vocabulary=text.vocabulary
-    )
+    words = stage.words.to_dict() | dict(pad=text.pad, first=text.first)
+    words |= dict(mask=text.mask if text.mask >= 0 else None)
+    words |= dict(vocabulary=text.vocabulary - text.unused)
     uta = dict(clip_middle=1.0, clip_final=1.0, images_only=stage.teachers.images_only)
     if stage.losses.uta and not _heads(config, stage_name, _encoder(config, stage_name)).get(
         "final"
@@ -213,7 +211,7 @@ def program(config: Config, stage: Stage) -> base.Program:
         visible_tokens=visible_count(encoder, options.mask.to_dict()) + encoder.prefix,
         flops_per_clip=0,
         modalities=loads,
-        towers=contrastive.make_towers(made, query_tokens(config, stage.name)),
+        towers=contrastive.make_towers(made, loads.text.asked),
         teacher=_teacher(config, stage, encoder) if options.losses.uta else None,
     )
     return dataclasses.replace(built, flops_per_clip=_flops(config, built))

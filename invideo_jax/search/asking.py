@@ -106,7 +106,7 @@ def read_queries(texts: Sequence[str], like: Sequence[str] = (), file: str = "")
 def check_words(opened: Opened, queries: Sequence[Query], say: Callable[[str], None]) -> None:
     """Says what the model will not read of the queries; raises UserError where it is all."""
     for text in (query.text for query in queries if query.text):
-        if not opened.words.tokens([text])[1].any():
+        if not opened.words.spec.asked([text])[1].any():
             raise UserError(
                 f"A query must have words that the model reads; got {text!r}, of which nothing is left "
                 "once it is written as the texts of training were. Use words."
@@ -126,7 +126,7 @@ def embed_texts(opened: Opened, texts: Sequence[str]) -> tuple[np.ndarray, dict[
     mesh = opened.mesh
     unit = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-len(texts) // unit) * unit
-    ids, valid = opened.words.tokens([*texts, *[""] * (rows - len(texts))])
+    ids, valid = opened.words.spec.asked([*texts, *[""] * (rows - len(texts))])
     batch = sharding.global_batch({"ids": ids, "valid": valid}, mesh)
     text = jax.jit(lambda params, *x: opened.towers.text(opened.filled(params), *x))
     with sharding.use(mesh):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from invideo_jax import build, handover, sharding
+from invideo_jax import build, handover, sharding, stage_words
 from invideo_jax import config as config_lib
 from invideo_jax.data.audio import AudioSpec
-from invideo_jax.data.captions import normalise_caption
 from invideo_jax.data.modalities import TextSpec
 from invideo_jax.data.text import check_vocabulary
 from invideo_jax.data.transforms import ClipSpec
@@ -33,6 +32,9 @@ PyTree = Any
 SEEING = ("vision", "audio")  # parts of a model that words alone do not need
 BERT_LENGTH = 32  # tokens of a text in InternVideo2's second stage
 LLAMA_LENGTH, LLAMA_PROMPT = 80, "summarize:"  # of InternVL-C, as the CLIP stage keeps them
+LLAMA_UNUSED = (
+    1  # rows of its table of words that tokenizer.model has no piece for: [PAD], added by hand
+)
 PUBLISHED_SECONDS = 10.0  # of sound
 
 
@@ -41,31 +43,23 @@ class Words:
     """How a query becomes tokens: as the texts of training did.
 
     Attributes:
-        spec: tokenizer and length.
-        normalise: without case and punctuation, as the published models were trained.
+        spec: tokenizer, length, and how texts are written.
+        unused: rows at the end of the tower's table of words that may stand for no token.
     """
 
     spec: TextSpec
-    normalise: bool
-
-    def written(self, text: str) -> str:
-        """The text as it is tokenised."""
-        return normalise_caption(text) if self.normalise else text
-
-    def tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 [B, L] and valid bool [B, L]."""
-        return self.spec.tokens([self.written(text) for text in texts])
+    unused: int = 0
 
     def cut(self, text: str) -> str:
         """What is read of a text that is too long; '' for one that is read whole."""
         tokenizer = self.spec.open()
         room = self.spec.length - (tokenizer.first is not None) - (tokenizer.last is not None)
-        found = tokenizer.encode(self.written(text))
+        found = tokenizer.encode(self.spec.written(text))
         return tokenizer.decode(found[:room]) if len(found) > room else ""
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text in which the tokenizer does not know something."""
-        tokenizer, words = self.spec.open(), dict.fromkeys(self.written(text).split())
+        tokenizer, words = self.spec.open(), dict.fromkeys(self.spec.written(text).split())
         return [word for word in words if tokenizer.unknown_share([tokenizer.encode(word)])]
 
 
@@ -195,10 +189,10 @@ def open_model(
     }
     model = imported.with_encoder(old, **shapes, dtype=dtype).clone(**inside)
     model.check()
-    check_vocabulary(words.spec.open(), model.text.vocabulary)
+    check_vocabulary(words.spec.reopen(), model.text.vocabulary, words.unused)
     clip |= dict(frames=shapes["frames"], size=shapes["image_size"])
     spec = ClipSpec(sampling="middle", views=1, flip=0.0, **clip | ({"crop": crop} if crop else {}))
-    towers = _that_work(make_towers(model, words.tokens), model)
+    towers = _that_work(make_towers(model, words.spec.asked), model)
     about = _about(model, source, words, spec, audio)
     return Opened(model, towers, words, spec, audio, about, checkpoint, source, old, mesh)
 
@@ -215,7 +209,7 @@ def _of_run(source: handover.Source, checkpoint: str, tokenizer: str):
             "step='contrastive', as configs/internvideo2/stage2_1b.py, whose "
             f"stages.contrastive.init.source names {checkpoint}."
         )
-    build.use_kept_tokenizers(config, pathlib.Path(source.about["name"]))
+    stage_words.use_kept(config, pathlib.Path(source.about["name"]))
     text = contrastive.modalities(config, name).text
     if tokenizer:
         text = dataclasses.replace(text, tokenizer=tokenizer)
@@ -225,7 +219,7 @@ def _of_run(source: handover.Source, checkpoint: str, tokenizer: str):
         else contrastive.model(config, name, dtype=jnp.float32)
     )
     clip = build.clip_spec(config, name, train=False)
-    words = Words(text, bool(stage.text.normalise))
+    words = Words(text, stage.text.unused)
     taken = dict(crop=clip.crop, interpolation=clip.interpolation)
     return old, words, taken, contrastive.audio_spec(config, name)
 
@@ -245,13 +239,14 @@ def _of_weights(source: handover.Source, checkpoint: str, tokenizer: str):
             f"Imported weights need the tokenizer that they were trained with; got --checkpoint={checkpoint} "
             "and no --tokenizer. Give --tokenizer=FOLDER of the published model."
         )
-    prompt = LLAMA_PROMPT if isinstance(old.text, LlamaText) else ""
-    text = TextSpec(tokenizer, _length(old.text), (), prompt)
+    llama = isinstance(old.text, LlamaText)
+    written = "internvideo2" if isinstance(old, Stage2) else ""
+    text = TextSpec(tokenizer, _length(old.text), (), LLAMA_PROMPT if llama else "", written)
     sound = getattr(old, "audio", None)
     audio = None if sound is None else AudioSpec(seconds=_seconds(sound), mels=sound.mels)
     return (
         old,
-        Words(text, isinstance(old, Stage2)),
+        Words(text, LLAMA_UNUSED if llama else 0),
         dict(crop="resize", interpolation="bicubic"),
         audio,
     )
@@ -289,6 +284,6 @@ def _about(model, source, words, clip, audio) -> dict[str, Any]:
         audio=audio and dataclasses.asdict(audio),
         tokenizer=words.spec.open().digest,
         length=words.spec.length,
-        normalise=words.normalise,
+        normalise=words.spec.normalise,
         **keep,
     )

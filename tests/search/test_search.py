@@ -439,7 +439,7 @@ def test_words_that_the_tokenizer_lacks_are_said(ask, colours, monkeypatch, tmp_
     pytest.importorskip("tokenizers")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "ball"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    read = opening.Words(TextSpec(str(tmp_path / "vocab.txt"), 8, ()), True)
+    read = opening.Words(TextSpec(str(tmp_path / "vocab.txt"), 8, (), normalise="internvideo2"))
     assert read.unknown("Red zebra, ball; okapi") == ["zebra", "okapi"]
     monkeypatch.setattr(opening.Words, "unknown", lambda self, text: ["zebra"])
     assert "does not know 'zebra' of 'red zebra'" in ask("red zebra")[1]
