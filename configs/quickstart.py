@@ -100,7 +100,7 @@ def add_sound(c: ml_collections.ConfigDict) -> None:
     """Sound and picture together are aligned with captions that name both, and with those of pictures."""
     stage = c.stages.contrastive
     stage.audio.name = "audio_vit"
-    stage.audio.size = "Mini"
+    stage.audio.size = "Micro"
     stage.audio.seconds = 2.0  # as long as the clips
     stage.shared.fusion_width = 128
     stage.losses.vtc, stage.losses.avtc = 0.0, 1.0
