@@ -83,17 +83,20 @@ def results(output: pathlib.Path, steps: int) -> dict[str, dict[int, dict[str, f
 
 
 def table(found: dict[str, dict[int, dict[str, float]]]) -> str:
-    """Text to video, a line for each run, then mean and spread (highest less lowest)."""
-    lines = [f"{'':16}{'seed':>6}" + "".join(f"{m:>14}" for m in MEASURES) + f"{'chance r1':>12}"]
+    """Text to video: a line for each run, then mean, standard deviation, and highest less lowest."""
+    row = lambda name, what, values: f"{name:14}{what:>10}" + "".join(f"{v:>13}" for v in values)
+    number = lambda values: [f"{v:.4f}" for v in values]
+    lines = [row("", "seed", (*MEASURES, "chance r1"))]
     for name, seeds in found.items():
         of = "text_audio_video" if name == "hear, see" else "text_video"
-        rows = {s: [v[f"{of}_{m}"] for m in MEASURES] for s, v in seeds.items()}
-        chance = f"{next(iter(seeds.values()))['chance_r1']:12.4f}"
-        for seed, row in rows.items():
-            lines.append(f"{name:16}{seed:6}" + "".join(f"{v:14.4f}" for v in row) + chance)
+        rows = {s: [v[f"{of}_{m}"] for m in MEASURES] for s, v in sorted(seeds.items())}
+        chance = next(iter(seeds.values()))["chance_r1"]
+        lines += [row(name, str(seed), number((*values, chance))) for seed, values in rows.items()]
         columns = list(zip(*rows.values()))
-        ranges = [f"{statistics.mean(c):.4f} ±{max(c) - min(c):.4f}" for c in columns]
-        lines.append(f"{name:16}{'all':>6}" + "".join(f"{r:>14}" for r in ranges))
+        lines.append(row(name, "mean", number(map(statistics.mean, columns))))
+        if len(rows) > 1:
+            lines.append(row(name, "deviation", number(map(statistics.stdev, columns))))
+            lines.append(row(name, "range", number(max(c) - min(c) for c in columns)))
     return "\n".join(lines)
 
 
