@@ -1,18 +1,19 @@
 """From the config to the data of a run: sources, batches, evaluators. `programs/` builds what runs on them."""
 
-import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from invideo_jax import sharding
 from invideo_jax.data import captions
-from invideo_jax.data.alternating import Alternating, by_media
+from invideo_jax.data.alternating import Alternating, by_media, in_turn
 from invideo_jax.data.bad import BadLedger
 from invideo_jax.data.decode import BadVideo, Limits
+from invideo_jax.data.order import Turns
 from invideo_jax.data.pipeline import Loader
 from invideo_jax.data.sources import NoSuchSplit, Source, open_source, parse_mixture
 from invideo_jax.data.transforms import ClipSpec
@@ -116,18 +117,43 @@ def train_loader(
     **options: Any,
 ) -> Loader | Alternating:
     """Training batches of a stage, each of one kind of media; `options` are those of `loader`."""
+    check_media(made, sources)
     options |= dict(modalities=made.modalities)
     groups = by_media(sources, weights)
     if len(groups) == 1:
         options |= dict(weights=weights, start_step=start_step, steps=steps)
         return loader(config, made.stage, sources, **options)
 
-    def one(number: int, start: int, steps: int) -> Loader:
-        _, of, its = groups[number]
-        return loader(config, made.stage, of, **options, weights=its, start_step=start, steps=steps)
+    def one(turns: Turns, start: int, steps: int) -> Loader:
+        group = groups[turns.number]
+        its = dict(weights=group.weights, numbers=group.numbers, firsts=group.firsts, turns=turns)
+        its |= dict(start_step=start, steps=steps)
+        return loader(config, made.stage, group.sources, **options, **its)
 
-    shares = [sum(its) for _, _, its in groups]
+    shares = [sum(group.weights) for group in groups]
     return Alternating(one, shares, start_step=start_step, steps=steps)
+
+
+def check_media(made: Program, sources: Sequence[Source]) -> None:
+    """Raises UserError for a source of a kind of media that the stage has no use for."""
+    for source in sources:
+        if source.media in made.media:
+            continue
+        name, named = made.stage.name, {"video": "videos", "image": "images", "audio": "sounds"}
+        sound = f", and a tower of sound (stages.{name}.audio.name)"
+        raise UserError(
+            f"A stage must have a use for all its data; {source.name} holds {named[source.media]}, and stage {name} "
+            f"takes only {' and '.join(named[media] for media in made.media)}. Leave the source out (data.train, "
+            "data.eval), or run it in a recipe of contrastive stages whose encoder takes images, as internvideo2"
+            f"{sound if source.media == 'audio' else ''}."
+        )
+
+
+def video_share(made: Program, sources: Sequence[Source], weights: Sequence[float]) -> float:
+    """The share of the training batches that are clips, of which the program's tokens and FLOPs are known."""
+    clips = ("video", "image") if made.clip_frames == 1 else ("video",)
+    whole = sum(w for source, w in zip(sources, weights) if source.media in clips)
+    return whole / sum(weights)
 
 
 def loader(
@@ -170,26 +196,27 @@ def evaluators(
     """The evaluators of a stage by name; see `invideo_jax.evals` for what they do.
 
     Args:
-        train, held_out: examples.
+        train, held_out: examples; of several kinds of media videos come first, then images, then sounds.
         folder: where their files go.
         teach: adds to a device batch what the stage's teacher gives.
         ledger: lists videos that cannot be read.
-        on_batch: called before each batch (the watchdog is told that the run lives).
+        on_batch: called before each batch, and now and then while texts are read (the watchdog is told that the run
+            lives).
         only_due: leave out those that the config never runs during training.
     """
 
+    data = dict(held_out=held_out, train=train)
+    said = {of: _Texts(sources, on_batch) for of, sources in data.items()}
+
     def batches(examples: int, *, of: str = "held_out", taught: bool = True, **views: int):
-        sources = dict(held_out=held_out, train=train)[of]
-        options = dict(mesh=mesh, sources=sources, examples=examples, ledger=ledger, **views)
+        options = dict(mesh=mesh, sources=data[of], examples=examples, ledger=ledger, **views)
         options |= dict(taught=taught)
         for batch in eval_batches(config, made, **options):
             on_batch()
             yield teach(batch) if taught else batch
 
     def texts(examples: int, *, of: str = "held_out", kind: str = "video"):
-        sources = dict(held_out=held_out, train=train)[of]
-        every = ((source, i) for source in sources for i in range(len(source)))
-        return [_texts(*place, kind) for place in itertools.islice(every, examples)]
+        return said[of](examples, kind)
 
     jitted = lambda function: None if function is None else jax.jit(function)
     given = Given(
@@ -214,11 +241,30 @@ def evaluators(
     return ready
 
 
-def _texts(source: Source, index: int, kind: str) -> tuple[str, ...]:
+class _Texts:
+    """Texts of examples in the order of `eval_batches`; each is read once, however often it is asked for."""
+
+    def __init__(self, sources: Sequence[Source], on_batch: Callable[[], None]):
+        self._on_batch, self._found = on_batch, []
+        of = (source for group in in_turn(sources) for source in group.sources)
+        self._places = [(source, len(source)) for source in of]
+
+    def __call__(self, examples: int, kind: str) -> list[tuple[str, ...]]:
+        found, first = self._found, 0
+        for source, size in self._places:
+            for number in range(max(len(found), first), min(first + size, examples)):
+                if number % 64 == 0:
+                    self._on_batch()
+                found.append(_texts(source, number - first))
+            first += size
+        return [captions.all_texts(example, kind) for example in found[:examples]]
+
+
+def _texts(source: Source, index: int) -> dict[str, Any]:
     try:
-        return captions.all_texts(source[index], kind)
+        return source.texts(index)
     except BadVideo:  # its row of the batches is not valid
-        return ()
+        return {}
 
 
 def eval_batches(
@@ -237,19 +283,28 @@ def eval_batches(
 
     taught=False leaves out what is kept of a teacher on disk.
 
-    Each video gives `clips` * `crops` rows, at consecutive positions.
+    Each video gives `clips` * `crops` rows, at consecutive positions. Each batch is of one kind of media: videos come
+    first, then images, then sounds, and their positions count on.
 
     The clips are the same for every mesh and batch size. One process of each run decodes in threads:
     starting workers would take longer than most evaluations.
     """
+    check_media(made, sources)
     unit, stage, each = mesh.shape["data"] * mesh.shape["fsdp"], made.stage, clips * crops
     wanted = min(examples, sum(map(len, sources))) * each
     rows = min(stage.batch_size, -(-wanted // unit) * unit)
     options = dict(batch_size=rows, rows=sharding.rows_of_process(mesh, rows), train=False)
     options |= dict(clips=clips, crops=crops, modalities=made.modalities)
-    steps = -(-examples * each // rows)
-    with loader(config, stage, sources, **options, steps=steps, ledger=ledger) as batches:
-        for host, info in batches:
-            host["valid"] &= host["position"] < examples * each
-            host = made.with_read(host, info) if taught else host
-            yield sharding.global_batch(host, mesh)
+    first = 0  # examples before this group
+    for group in in_turn(sources):
+        left = min(sum(map(len, group.sources)), examples - first) * each
+        if left <= 0:
+            return
+        its = dict(numbers=group.numbers, firsts=group.firsts, steps=-(-left // rows))
+        with loader(config, stage, group.sources, **options, **its, ledger=ledger) as batches:
+            for host, info in batches:
+                host["valid"] &= host["position"] < left
+                host["position"] += np.uint32(first * each)
+                host = made.with_read(host, info) if taught else host
+                yield sharding.global_batch(host, mesh)
+        first += sum(map(len, group.sources))

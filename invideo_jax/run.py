@@ -165,6 +165,7 @@ class Run:
             )
         sharding.check_batch(self.mesh, stage.batch_size, accumulation=options.accumulation)
         program = programs.program(self.there, stage)
+        build.check_media(program, [*self.sources, *self.held_out])
         for name, heads in sharding.heads_of(program.model):
             sharding.check_heads(self.mesh, heads, name=name)
         for teacher, frozen in program.teacher.models.items() if program.teacher else ():

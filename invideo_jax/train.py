@@ -172,6 +172,8 @@ class Trainer(Run):
     def _open_stage(self, program: programs.Program, log_every: int) -> None:
         """What lasts as long as the stage: metrics, progress lines, evaluators."""
         stage, peak = program.stage, flops.device_peak_flops()
+        # Of images and sounds it is not known what a step costs: they count as none.
+        counted = build.video_share(program, self.sources, self.weights)
         self.program = program
         self.teach = self.teacher_of(stage)
         self.buffer = metrics.MetricsBuffer(every=log_every, state=self.window)
@@ -180,8 +182,8 @@ class Trainer(Run):
             stage=stage.name,
             total_steps=stage.steps,
             clips_per_step=stage.batch_size,
-            tokens_per_clip=program.visible_tokens,
-            flops_per_clip=program.flops_per_clip,
+            tokens_per_clip=program.visible_tokens * counted,
+            flops_per_clip=program.flops_per_clip * counted,
             peak_flops=peak and peak * self.mesh.size,
             stream=sys.stdout if self.first else None,
         )

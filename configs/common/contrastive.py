@@ -100,9 +100,8 @@ def contrastive_stage() -> ml_collections.ConfigDict:
     )
     stage.contrast.chunk = 1024  # columns of scores at once
     # Two rows are positives of each other where they show the same example ('global'). The published code knows an
-    # example by its row in its corpus ('corpus', with the sizes of all corpora), so that those of several collide.
+    # example by its row in its source ('corpus'), so that those of several collide.
     stage.contrast.positives = "global"
-    stage.contrast.corpora = ()
     stage.contrast.equal_texts = False  # also where they have the same text
     # The published code loses a factor 1 / processes of this loss's gradient.
     stage.contrast.gradient_factor = 1.0

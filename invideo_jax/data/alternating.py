@@ -5,37 +5,62 @@ published code shuffles them anew in each epoch. Source: InternVideo2 multi_moda
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from invideo_jax.data.order import dealt, pick, whole_weights
+from invideo_jax.data.list_files import MEDIA
+from invideo_jax.data.order import Turns, dealt, pick, whole_weights
 from invideo_jax.data.pipeline import Batch, Loader, one_media
 from invideo_jax.data.sources.base import Source
 
 
-def by_media(
-    sources: Sequence[Source], weights: Sequence[float]
-) -> list[tuple[str, list[Source], list[float]]]:
-    """(media, sources, their weights) for each kind of media, in the order in which they first come."""
-    groups: dict[str, tuple[list[Source], list[float]]] = {}
-    for source, weight in zip(sources, weights):
-        of, its = groups.setdefault(one_media([source]), ([], []))
-        of.append(source)
-        its.append(weight)
-    return [(media, *group) for media, group in groups.items()]
+class Group(NamedTuple):
+    """The sources of one kind of media.
+
+    Attributes:
+        media: 'video', 'image' or 'audio'.
+        sources, weights: in their order among all.
+        numbers: of the sources, among all.
+        firsts: the number of the first example of each, over all sources.
+    """
+
+    media: str
+    sources: list[Source]
+    weights: list[float]
+    numbers: list[int]
+    firsts: list[int]
+
+
+def by_media(sources: Sequence[Source], weights: Sequence[float]) -> list[Group]:
+    """A group for each kind of media, in the order in which they first come."""
+    groups: dict[str, Group] = {}
+    firsts = itertools.accumulate(map(len, sources), initial=0)
+    for row in zip(sources, weights, itertools.count(), firsts):
+        media = one_media(row[:1])
+        for column, value in zip(groups.setdefault(media, Group(media, [], [], [], []))[1:], row):
+            column.append(value)
+    return list(groups.values())
+
+
+def in_turn(sources: Sequence[Source]) -> list[Group]:
+    """The groups of an evaluation, one after the other: videos, then images, then sounds."""
+    groups = by_media(sources, [1.0] * len(sources))
+    return sorted(groups, key=lambda group: list(MEDIA).index(group.media))
 
 
 class Alternating:
     """A loader whose batches come from several loaders in turn; used as one.
 
     Args:
-        make: (number of the group, its first step, its steps) -> its loader.
+        make: (which turns are the group's, its first step, its steps) -> its loader.
         weights: of the groups.
         start_step, steps: of all batches together.
     """
 
     def __init__(
         self,
-        make: Callable[[int, int, int], Loader],
+        make: Callable[[Turns, int, int], Loader],
         weights: Sequence[float],
         *,
         start_step: int,
@@ -46,7 +71,7 @@ class Alternating:
         first, last = (dealt(step, self.parts) for step in (start_step, self.end))
         # A group that has no turn left needs no loader.
         self._loaders = {
-            group: make(group, first[group], last[group] - first[group])
+            group: make(Turns(group, self.parts), first[group], last[group] - first[group])
             for group in range(len(self.parts))
             if last[group] > first[group]
         }

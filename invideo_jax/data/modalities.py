@@ -2,7 +2,7 @@
 
 Entries of a batch of R rows (L tokens of a text, F frames of sound):
 
-    example              uint32 [R]: number of the example over all sources; equal ones show the same
+    example              uint32 [R]: number of the example; equal ones count as the same
     has_video            bool [R]: False for an example that is sound only; its pictures are 0
     text_SLOT            int32 [R, L], for each slot
     text_SLOT_valid      bool [R, L]: all False where the example has no such text
@@ -24,7 +24,10 @@ from invideo_jax.data.sources.base import Example
 from invideo_jax.data.speech import speech_in
 from invideo_jax.data.text import Tokenizer, open_tokenizer
 from invideo_jax.data.transforms import ClipInfo
+from invideo_jax.errors import UserError
+from invideo_jax.registry import nearest
 
+NUMBERED = ("global", "corpus")
 _TEXT, _AUDIO = 1, 2  # what the generator of an example is keyed with, for each use
 
 
@@ -75,10 +78,20 @@ class Modalities:
     Attributes:
         text: None for no texts.
         audio: None for no sound.
+        example: 'global': examples are numbered over all sources of the run. 'corpus': each within its source, by which
+            those of several sources collide, as in the published code (ids are rows of an annotation file).
     """
 
     text: TextSpec | None = None
     audio: AudioSpec | None = None
+    example: str = "global"
+
+    def __post_init__(self):
+        if self.example not in NUMBERED:
+            raise UserError(
+                f"positives must be one of {', '.join(NUMBERED)}; got positives={self.example!r}."
+                f"{nearest(self.example, NUMBERED)}"
+            )
 
     @property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:

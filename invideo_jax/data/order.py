@@ -6,6 +6,7 @@ as any other, whatever the length), and sources are joined in exact proportion t
 scales weights so that the smallest is 100 and cuts the rest to whole numbers, which turns 3:10 into 100:333.
 """
 
+import dataclasses
 import hashlib
 import math
 import zlib
@@ -36,12 +37,21 @@ class Order:
         lengths: records of each source.
         weights: share of the examples from each source, any positive numbers.
         seed, stage: another seed or another stage's name is another order.
+        numbers: of the sources among all of the run, each of which is shuffled in its own way; default: 0, 1, ...
 
     Raises:
         ValueError: an empty source, or a weight that is not above zero.
     """
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[float], *, seed: int, stage: str):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        stage: str,
+        numbers: Sequence[int] | None = None,
+    ):
         if not lengths or any(not 0 < n < 2**31 for n in lengths):
             raise ValueError(
                 f"Every source must hold 1 to 2^31 records; got lengths={list(lengths)}. Leave out empty ones."
@@ -52,7 +62,8 @@ class Order:
             )
         self.lengths = tuple(lengths)
         self.parts = whole_weights(weights)
-        self._seeds = tuple(_source_seed(seed, stage, number) for number in range(len(lengths)))
+        numbers = range(len(lengths)) if numbers is None else numbers
+        self._seeds = tuple(_source_seed(seed, stage, number) for number in numbers)
 
     @property
     def epoch(self) -> int:
@@ -133,6 +144,36 @@ def pick(position: int, parts: Sequence[int]) -> tuple[int, int]:
             return source, before - left_before
         before, after, rest = left_before, left_after, rest - part
     raise AssertionError("unreachable: the last source takes what is left")
+
+
+def unpick(source: int, turn: int, parts: Sequence[int]) -> int:
+    """The position at which a source has its turn number `turn`: the inverse of `pick`."""
+    rest = sum(parts[source:])
+    position = turn * rest // parts[source]
+    for part in reversed(parts[:source]):
+        left, rest = rest, rest + part
+        position = -(-(position + 1) * rest // left) - 1
+    return position
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Which steps of a stage are a loader's, where several take turns (`pick`); by default all.
+
+    Attributes:
+        number: of the loader.
+        parts: of all loaders.
+    """
+
+    number: int = 0
+    parts: tuple[int, ...] = (1,)
+
+    def step(self, own: int) -> int:
+        """The step of the stage that is the loader's own step number `own`."""
+        return unpick(self.number, own, self.parts)
+
+
+ALL_TURNS = Turns()
 
 
 def dealt(positions: int, parts: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ resumes at step n by starting at step n; and any batch can be made alone.
 
 import dataclasses
 import gc
+import itertools
 import queue
 import threading
 import time
@@ -24,7 +25,16 @@ from invideo_jax.data.decode import BadVideo, Limits
 from invideo_jax.data.hanging import GivenUp, Patience, call
 from invideo_jax.data.images import load_image
 from invideo_jax.data.modalities import Modalities
-from invideo_jax.data.order import InTurn, Order, Place, Repeated, stage_number
+from invideo_jax.data.order import (
+    ALL_TURNS,
+    InTurn,
+    Order,
+    Place,
+    Repeated,
+    Turns,
+    dealt,
+    stage_number,
+)
 from invideo_jax.data.rows import LocalRows, WorkerDied, check_shared_memory, dataset, explain
 from invideo_jax.data.sources.base import Example, Source, SourceError
 from invideo_jax.data.transforms import ClipInfo, ClipSpec, load_clip
@@ -67,14 +77,20 @@ class LoadExample:
     given_up: Callable[[tuple[int, int]], bool] | None = None
     read_seconds: float = 60.0
     modalities: Modalities | None = None
+    batch_size: int = 1
+    turns: Turns = ALL_TURNS
+    firsts: tuple[int, ...] = ()
 
-    def __call__(self, position: int) -> dict[str, Any]:
+    def __call__(self, own: int) -> dict[str, Any]:
         """One row: `video` uint8 [T, S, S, 3] or None, `position`, `label`, `valid`, `info`, `more` (see `Loader`).
+
+        Args:
+            own: position in the order of these sources; that in the stage follows from `turns`.
 
         Raises:
             NoReplacement: the example and all its stand-ins are bad.
         """
-        place = self.order[position]
+        place, position = self.order[own], self._in_stage(own)
         if place is None:
             nothing = {"id": "", "want": "", "source": "", "path": ""}
             return self._row(position, None, {}, None, nothing, [])
@@ -93,7 +109,7 @@ class LoadExample:
                         "path": example["path"],
                     }
                     video, made, more = self._wait(
-                        partial(self._decode, example, position), which, example["path"]
+                        partial(self._decode, example, own), which, example["path"]
                     )
                 if made is not None:
                     info |= {"truncated": made.truncated, "fallback": made.fallback}
@@ -143,11 +159,11 @@ class LoadExample:
         raise BadVideo("hanging", self.hanging[which], hang_detail(self.read_seconds))
 
     def _decode(
-        self, example: Example, position: int
+        self, example: Example, own: int
     ) -> tuple[np.ndarray, ClipInfo | None, dict[str, Any]]:
         """Pictures, how they were made (None: there are none, of a sound), and further entries of the row."""
-        seeds = self.seed, stage_number(self.stage), position
-        rng, spec = np.random.default_rng(seeds), self.clip.of(position)
+        seeds = self.seed, stage_number(self.stage), self._in_stage(own)
+        rng, spec = np.random.default_rng(seeds), self.clip.of(own)
         known = dict(flip_ok=example["flip"], limits=self.limits)
         if example["media"] == "image":
             video, made = load_image(example["video"], spec, rng, **known)
@@ -161,9 +177,14 @@ class LoadExample:
         more = self.modalities.load(example, made, seeds, train=self.replace, limits=self.limits)
         return video, made, more
 
+    def _in_stage(self, own: int) -> int:
+        """The position in the stage: a batch of several loaders has the rows of its step."""
+        step, row = divmod(own, self.batch_size)
+        return self.turns.step(step) * self.batch_size + row
+
     def _number(self, source: int, record: int) -> int:
-        """The example's number over all sources."""
-        return sum(len(s) for s in self.sources[:source]) + record
+        """The example's number: over all sources of the run, or within its own."""
+        return record if self.modalities.example == "corpus" else self.firsts[source] + record
 
     def _busy(self, name: str, source: int, record: int):
         idle = nullcontext(lambda path: None)
@@ -217,6 +238,9 @@ class Loader:
         limits: what one video may cost.
         ledger: told of every batch when it is handed out.
         modalities: what is loaded besides pictures; None for nothing.
+        turns: which steps of the stage these are, where loaders of other sources have the others.
+        numbers: of the sources, among all of the run; default: 0, 1, ...
+        firsts: the number of the first example of each source, over all of the run; default: counted on from 0.
         read_seconds: longest wait for one example, after which it is bad (see `data.hanging`).
         hang_seconds: longest wait for a batch.
 
@@ -224,7 +248,8 @@ class Loader:
         wait_seconds: time that the consumer has waited for batches so far.
 
     Raises:
-        SourceError: fewer examples than a batch, or no shared memory for the workers; when constructed.
+        SourceError: fewer examples than a batch, sounds without a place for them, or no shared memory for the workers;
+            when constructed.
         DataStalled, WorkerDied, NoReplacement, TooManyBad, TooManyHang: while iterating.
     """
 
@@ -248,6 +273,9 @@ class Loader:
         read_seconds: float = 60.0,
         hang_seconds: float = 600.0,
         modalities: Modalities | None = None,
+        turns: Turns = ALL_TURNS,
+        numbers: Sequence[int] | None = None,
+        firsts: Sequence[int] | None = None,
     ):
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         _check_numbers(
@@ -260,16 +288,22 @@ class Loader:
         _check_rows(self.rows, batch_size)
         if one_media(sources) != "video":
             clip = dataclasses.replace(clip, frames=1)
+        if one_media(sources) == "audio" and not (modalities and modalities.audio):
+            raise SourceError(
+                f"Sounds need a batch that has a place for them; got {sources[0].name}, whose pictures would all be "
+                "black. Give `modalities` with audio, or leave it out."
+            )
         weights = [1.0] * len(sources) if weights is None else list(weights)
         lengths = [len(source) for source in sources]
-        order = Order(lengths, weights, seed=seed, stage=stage) if train else InTurn(lengths)
+        named = dict(seed=seed, stage=stage, numbers=numbers)
+        order = Order(lengths, weights, **named) if train else InTurn(lengths)
         order = Repeated(order, clip.repeats) if clip.repeats > 1 else order
         if train and order.epoch < batch_size:
             raise SourceError(
                 f"The sources must hold at least one batch; {', '.join(s.name for s in sources)} hold "
                 f"{order.epoch} examples, batch_size={batch_size}. Lower the batch size or add videos."
             )
-        self.steps = _count_steps(order.epoch, batch_size, start_step, steps, train)
+        self.steps = _count_steps(order.epoch, batch_size, start_step, steps, train, turns)
         self.wait_seconds = 0.0
         self.batch_size, self.start_step = batch_size, start_step
         self._workers, self._threads = workers, threads
@@ -288,6 +322,9 @@ class Loader:
             replace=train,
             read_seconds=read_seconds,
             modalities=modalities,
+            batch_size=batch_size,
+            turns=turns,
+            firsts=tuple(itertools.accumulate([0, *lengths]) if firsts is None else firsts),
         )
         self._ready: queue.Queue = queue.Queue(maxsize=_READY)
         self._stop, self._killed, self._gone = (threading.Event() for _ in range(3))
@@ -512,8 +549,12 @@ def _check_rows(rows: np.ndarray, batch_size: int) -> None:
         )
 
 
-def _count_steps(epoch: int, batch_size: int, start: int, steps: int | None, train: bool) -> int:
-    most = MAX_POSITIONS // batch_size if train else -(-epoch // batch_size)
+def _count_steps(
+    epoch: int, batch_size: int, start: int, steps: int | None, train: bool, turns: Turns
+) -> int:
+    most = -(-epoch // batch_size)
+    if train:  # whole steps of all loaders together, of which this one's
+        most = dealt(MAX_POSITIONS // batch_size, turns.parts)[turns.number]
     left = max(most - start, 0)
     if train and steps is not None and steps > left:
         raise ValueError(

@@ -169,8 +169,9 @@ def make_head(classes: int, tokens_width: int, *, heads: int, width: int, mlp: b
 
 
 def known_labels(batch: Batch) -> np.ndarray:
-    """Labels on the host, [B]; -1 where a row is not valid or has none."""
-    return np.where(to_host(batch["valid"]), to_host(batch["label"]), -1).astype(np.int32)
+    """Labels on the host, [B]; -1 where a row is not valid, is sound only, or has none."""
+    shown = to_host(batch["valid"]) & to_host(batch.get("has_video", batch["valid"]))
+    return np.where(shown, to_host(batch["label"]), -1).astype(np.int32)
 
 
 def collect(given: Given, params: Any, examples: int, memory_gb: float) -> Tokens:
@@ -181,7 +182,10 @@ def collect(given: Given, params: Any, examples: int, memory_gb: float) -> Token
     """
     tokens, labels, taken = [], [], 0
     for batch in given.batches(examples, of="train", taught=False):
-        tokens.append(given.encode_tokens(params, batch))
+        found = given.encode_tokens(params, batch)
+        if tokens and found.shape != tokens[0].shape:
+            continue  # images beside videos: the pool learns from videos
+        tokens.append(found)
         labels.append(known_labels(batch))
         taken += tokens[-1].nbytes
         if taken > memory_gb * 1e9:

@@ -38,7 +38,7 @@ def collect(given: Given, params: Any, *, examples: int, of: str) -> Labelled:
     for batch in given.batches(examples, of=of, taught=False):
         found = to_host(given.encode(params, batch).astype(jnp.float32))
         label, valid = to_host(batch["label"]), to_host(batch["valid"])
-        known = valid & (label >= 0)
+        known = valid & (label >= 0) & to_host(batch.get("has_video", valid))
         features.append(found[known])
         labels.append(label[known])
     if not sum(map(len, labels)):

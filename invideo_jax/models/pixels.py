@@ -103,6 +103,8 @@ class Geometry:
     normalisation: str
     dtype: jnp.dtype
 
+    takes_images = False  # whether clips of one frame are taken beside those of `frames`
+
     @property
     def grid(self) -> tuple[int, int, int]:
         """(t, h, w): cubes along time, height and width."""

@@ -105,6 +105,7 @@ class UniFormerV2(nn.Module):
     extractors: int = 4
     dropout: float = 0.5
 
+    takes_images = True
     frames = property(lambda self: self.backbone.frames)
     image_size = property(lambda self: self.backbone.image_size)
     channels = property(lambda self: self.backbone.channels)

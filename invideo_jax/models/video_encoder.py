@@ -51,6 +51,8 @@ class VideoEncoder(pixels.Geometry, nn.Module):
         scan, remat, dtype: how blocks run and what they compute in; they change no parameter.
     """
 
+    takes_images = True
+
     width: int
     depth: int
     heads: int

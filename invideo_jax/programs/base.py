@@ -139,6 +139,7 @@ class Program:
         kept: what stands in for a teacher, from disk; None for none.
         modalities: what the batches hold besides pictures; None for nothing.
         towers: of models of several modalities; else None.
+        images: whether its losses take images beside videos (the encoder must, too).
         pool_trained: whether the loss trains the encoder's pool; where not, `encode` gives the mean of the
             patch tokens.
     """
@@ -162,7 +163,20 @@ class Program:
     kept: Kept | None = None
     modalities: Modalities | None = None
     towers: Towers | None = None
+    images: bool = False
     pool_trained: bool = True
+
+    @property
+    def clip_frames(self) -> int:
+        """T of the clips that the stage reads."""
+        return self.frames or self.encoder.frames
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Kinds of media that the stage has a use for; the pictures of a sound are a black image."""
+        images = self.clip_frames == 1 or (self.images and self.encoder.takes_images)
+        sounds = images and self.modalities is not None and self.modalities.audio is not None
+        return ("video", *["image"] * images, *["audio"] * sounds)
 
     def encode(self, params: PyTree, batch: Batch) -> jax.Array:
         """Features of whole clips from the parameters of the stage: pooled, [B, P].
@@ -180,8 +194,9 @@ class Program:
     def _run_encoder(self, params: PyTree, batch: Batch, last: Callable) -> jax.Array:
         for name in self.encoder_path.split("/"):
             params = params[name]
-        # The clips may hold more frames than this encoder takes, for a teacher that sees them all.
-        video = batch["video"][:, :: batch["video"].shape[1] // self.encoder.frames]
+        # The clips may hold more frames than this encoder takes, for a teacher that sees them all; images hold one.
+        stride = max(1, batch["video"].shape[1] // self.encoder.frames)
+        video = batch["video"][:, ::stride]
         run = lambda module: last(module, module(video)[0])
         return nn.apply(run, self.encoder)({"params": params})
 
@@ -204,8 +219,7 @@ class Program:
 
     def _from_loader(self) -> dict[str, jax.ShapeDtypeStruct]:
         rows, seen = self.stage.batch_size, self.encoder
-        frames = self.frames or seen.frames
-        video = (rows, frames, seen.image_size, seen.image_size, seen.channels)
+        video = (rows, self.clip_frames, seen.image_size, seen.image_size, seen.channels)
         more = self.modalities.shapes.items() if self.modalities else ()
         return {
             "video": jax.ShapeDtypeStruct(video, jnp.uint8),

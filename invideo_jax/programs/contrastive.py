@@ -42,11 +42,12 @@ def slots(config: Config, stage_name: str) -> dict[str, str]:
 def modalities(config: Config, stage_name: str) -> Modalities:
     """What is loaded besides pictures; reads no file."""
     text, found = config.stages[stage_name].text, []
+    positives = config.stages[stage_name].contrast.positives
     for slot in dict.fromkeys(slots(config, stage_name).values()):
         rule = CaptionRule(text.of[slot], normalise=text.normalise, min_words=text.min_words)
         found.append((slot, rule))
     spec = TextSpec(text.tokenizer, text.length, tuple(found), text.prefix, text.normalise)
-    return Modalities(spec, audio_spec(config, stage_name))
+    return Modalities(spec, audio_spec(config, stage_name), example=positives)
 
 
 def hides_words(stage: Config) -> bool:
@@ -148,7 +149,7 @@ def objective(config: Config, stage_name: str) -> dict[str, Any]:
         "final"
     ):
         uta["clip_final"] = 0.0
-    del contrast["bias"]  # the model's
+    del contrast["bias"], contrast["positives"]  # the model's, and the loader's
     return contrast | dict(
         weights=stage.losses.to_dict(),
         slots=slots(config, stage_name),
@@ -211,6 +212,7 @@ def program(config: Config, stage: Stage) -> base.Program:
         visible_tokens=visible_count(encoder, options.mask.to_dict()) + encoder.prefix,
         flops_per_clip=0,
         modalities=loads,
+        images=True,
         towers=contrastive.make_towers(made, loads.text.asked),
         teacher=_teacher(config, stage, encoder) if options.losses.uta else None,
     )

@@ -1,5 +1,6 @@
 """Batches with texts, sound and images: what stands in them, whatever is absent, and the same for every start."""
 
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -11,14 +12,16 @@ from small_videos import write_video
 
 from invideo_jax.data.alternating import Alternating, by_media
 from invideo_jax.data.audio import AudioSpec
+from invideo_jax.data.bad import NoReplacement
 from invideo_jax.data.captions import CaptionRule
 from invideo_jax.data.images import load_image
 from invideo_jax.data.modalities import Modalities, TextSpec
 from invideo_jax.data.open_video import BadVideo, Limits
-from invideo_jax.data.order import dealt, pick
+from invideo_jax.data.order import Turns, dealt, pick, unpick
 from invideo_jax.data.pipeline import Loader
-from invideo_jax.data.sources import SourceError, open_source
+from invideo_jax.data.sources import Source, SourceError, open_source
 from invideo_jax.data.transforms import ClipSpec
+from invideo_jax.errors import UserError
 
 CLIP = ClipSpec(frames=4, size=16, sampling="middle", crop="resize", flip=0.0)
 RULES = (("video", CaptionRule("video")), ("speech", CaptionRule("speech")))
@@ -132,12 +135,13 @@ def test_mixed_files_in_one_list_are_refused(tmp_path):
 def alternating(sources, weights, **span):
     groups = by_media(sources, weights)
 
-    def make(number, start, steps):
+    def make(turns, start, steps):
         options = dict(clip=CLIP, batch_size=2, seed=3, stage="s", threads=0, modalities=BOTH)
-        _, of, its = groups[number]
-        return Loader(of, its, **options, start_step=start, steps=steps)
+        group = groups[turns.number]
+        options |= dict(turns=turns, numbers=group.numbers, firsts=group.firsts)
+        return Loader(group.sources, group.weights, **options, start_step=start, steps=steps)
 
-    return Alternating(make, [sum(its) for _, _, its in groups], **span)
+    return Alternating(make, [sum(group.weights) for group in groups], **span)
 
 
 def test_batches_of_several_media_come_in_proportion_and_go_on_anywhere(mixed):
@@ -150,12 +154,89 @@ def test_batches_of_several_media_come_in_proportion_and_go_on_anywhere(mixed):
             assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def test_media_share_no_position_and_no_number_of_an_example(mixed):
+    with alternating(mixed, (2, 1, 1), start_step=0, steps=8) as batches:
+        loaders, whole = batches._loaders, [arrays for arrays, _ in batches]
+    assert np.array_equal([b["position"] for b in whole], np.arange(16).reshape(8, 2))
+    named = [set(b["example"].tolist()) for b in whole]
+    kinds = [(b["video"].shape[1], bool(b["has_video"][0])) for b in whole]
+    for kind, numbers in (((4, True), {0, 1}), ((1, True), {2, 3}), ((1, False), {4, 5})):
+        assert {n for k, its in zip(kinds, named) if k == kind for n in its} == numbers
+    # Each kind is shuffled in its own way, though all lists are of the same length.
+    orders = [[loader.load.order[i].record for i in range(100)] for loader in loaders.values()]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_examples_are_numbered_within_each_source_where_that_is_asked_for(mixed):
+    (batch,) = read([mixed[0], mixed[0]], train=False, batch_size=4)
+    assert batch["example"].tolist() == [0, 1, 2, 3]
+    within = dataclasses.replace(BOTH, example="corpus")
+    (batch,) = read([mixed[0], mixed[0]], train=False, batch_size=4, modalities=within)
+    assert batch["example"].tolist() == [0, 1, 0, 1]
+    with pytest.raises(UserError, match="positives must be one of global, corpus; got .*'row'"):
+        Modalities(example="row")
+
+
+def test_sounds_without_a_place_in_the_batch_are_refused(mixed):
+    for modalities in (None, Modalities(BOTH.text)):
+        with pytest.raises(
+            SourceError, match="got .*sounds.jsonl, whose pictures would all be black"
+        ):
+            read([mixed[2]], modalities=modalities)
+
+
+def test_all_loaders_together_hold_at_most_2_to_the_32_positions(mixed):
+    options = dict(clip=CLIP, batch_size=2, seed=3, stage="s", modalities=BOTH, steps=2)
+    for parts, number, most in (((1,), 0, 2**31), ((1, 1), 1, 2**30), ((3, 1), 0, 3 * 2**29)):
+        its = options | dict(turns=Turns(number, parts))
+        last = Loader([mixed[0]], **its, start_step=most - 2)
+        assert last.load._in_stage(2 * most - 1) < 2**32 <= last.load._in_stage(2 * most)
+        with pytest.raises(ValueError, match="at most 2\\^32 examples"):
+            Loader([mixed[0]], **its, start_step=most - 1)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_error_of_one_loader_closes_all(mixed, tmp_path, workers):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    bad = manifest(tmp_path / "bad.jsonl", [{"path": "bad.jpg"}] * 2)
+    made = []
+
+    def make(turns, start, steps):
+        options = dict(clip=CLIP, batch_size=2, seed=3, stage="s", workers=workers, steps=steps)
+        made.append(Loader([(mixed[0], bad)[turns.number]], **options, start_step=start))
+        return made[-1]
+
+    with (
+        pytest.raises(NoReplacement, match="all 2 tried"),
+        Alternating(make, (1, 1), start_step=0, steps=100) as batches,
+    ):
+        list(batches)
+    for loader in made:
+        assert not loader._thread.is_alive()
+        with pytest.raises((RuntimeError, NoReplacement)):
+            next(loader)
+
+
+def test_texts_are_read_without_the_video(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    said = [[0.0, 0.4, "one"], [1.8, 2.0, "two"]]
+    source = manifest(tmp_path / "a.jsonl", [{"path": "a.mp4", "captions": "red", "speech": said}])
+    found = source.texts(0)
+    assert found == Source.texts(source, 0)  # what the example says
+    assert found["captions"] == ("red",) and found["transcript"] == "one two"
+    (tmp_path / "a.mp4").unlink()
+    assert source.texts(0) == found
+    with pytest.raises(BadVideo):
+        source[0]
+
+
 @pytest.mark.parametrize("parts", [(7, 3), (1, 1, 1), (5, 2, 9, 1), (1,)])
 def test_dealt_counts_what_pick_gives(parts):
     counts = [0] * len(parts)
     for position in range(100):
         assert dealt(position, parts) == counts
         source, turn = pick(position, parts)
+        assert unpick(source, turn, parts) == position
         assert turn == counts[source]
         counts[source] += 1
 

@@ -14,6 +14,13 @@ from invideo_jax.data.speech import Piece, join_speech
 from invideo_jax.errors import UserError
 from invideo_jax.registry import nearest
 
+TEXTS = (  # keys of an example
+    "captions",
+    "audio_captions",
+    "audio_video_captions",
+    "fused_captions",
+    "transcript",
+)
 ROOTS_OPTION = "--config.data.roots"  # as the training command spells it
 
 
@@ -85,6 +92,15 @@ class Source(abc.ABC):
         Raises:
             BadVideo: the path may not be opened, or the record is damaged.
         """
+
+    def texts(self, index: int) -> dict[str, Any]:
+        """What is said of an example, under the keys of `TEXTS`; its video is not read where that can be saved.
+
+        Raises:
+            BadVideo: as of reading the example, where that is needed.
+        """
+        example = self[index]
+        return {key: example[key] for key in TEXTS}
 
     @abc.abstractmethod
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from invideo_jax.data.list_files import media_of
 from invideo_jax.data.manifest import read_manifest
 from invideo_jax.data.sources.base import (
     ROOTS_OPTION,
+    TEXTS,
     Example,
     Roots,
     Source,
@@ -68,13 +69,21 @@ class ManifestSource(Source):
             path=full,
             start=row.get("start"),
             end=row.get("end"),
-            **{field: tuple(row.get(field, ())) for field in _TEXTS},
+            **self._said(row),
             label=label,
             label_name=self.classes[label] if self.classes and label >= 0 else "",
             split=row.get("split", ""),
-            transcript=row.get("transcript", ""),
-            speech=self._speech(row.get("speech", ())),
             flip=row.get("flip", True),
+        )
+
+    def texts(self, index: int) -> dict[str, Any]:
+        """What the row says of its example; of files only one of subtitles is read."""
+        said = make_example(**self._said(self.row(index)))
+        return {key: said[key] for key in TEXTS}
+
+    def _said(self, row: Row) -> dict[str, Any]:
+        return {field: tuple(row.get(field, ())) for field in _TEXTS} | dict(
+            transcript=row.get("transcript", ""), speech=self._speech(row.get("speech", ()))
         )
 
     def _speech(self, value: list | str) -> tuple[Piece, ...]:
@@ -184,7 +193,9 @@ def open_synthetic(folder: str, **options: Any) -> ManifestSource:
     if not manifest.is_file():
         raise SourceError(f"{folder} must hold manifest.jsonl, and doesn't. Run: {command}")
     if not options.get("classes"):
-        labels = json.loads((manifest.parent / "dataset.json").read_text(encoding="utf-8"))["labels"]
+        labels = json.loads((manifest.parent / "dataset.json").read_text(encoding="utf-8"))[
+            "labels"
+        ]
         options["classes"] = tuple(labels)
     return open_source(str(manifest), **options)
 
