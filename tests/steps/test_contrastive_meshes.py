@@ -12,63 +12,53 @@ import pytest
 from invideo_jax import sharding, state
 from invideo_jax.models import stage2
 from invideo_jax.steps import contrastive
+from tests.steps import plain_alignment as plain
 from tests.steps import small_alignment as small
 
 ROWS = 32  # each of 8 devices has a row of each of 4 microbatches
 RATE = 0.01
-FEW = dict(vtc=1.0, vtm=0.9)
-MESHES = dict(one=dict(data=1), data=dict(data=8), fsdp=dict(data=2, fsdp=4),
-              tensor=dict(data=2, fsdp=2, tensor=2))  # fmt: skip
+ONE = dict(data=1)
+MESHES = dict(data=dict(data=8), fsdp=dict(data=2, fsdp=4), tensor=dict(data=2, fsdp=2, tensor=2))
+FORMS = ("dense", "chunked", "ring")
 MATRIX = [
-    (mesh, parts, form)
-    for mesh, parts, form in itertools.product(MESHES, (1, 2, 4), ("dense", "chunked", "ring"))
-    # Each mesh and number of parts in one form, each form on each mesh; not all 36.
-    if (list(MESHES).index(mesh) + parts + len(form)) % 3 == 0 or (mesh, parts) == ("tensor", 2)
+    *itertools.product(MESHES, (1, 2, 4), FORMS, ("softmax",)),
+    *itertools.product(MESHES, (2,), FORMS, ("sigmoid",)),
 ]
+QUICK = [("fsdp", 2, "ring", "softmax")]
 
 
-def step_on(mesh, weights, *, parts, form, dropout):
+def step_on(sizes, made, params, batch, init, **options):
     """(averages, gradient) of one step, on the host: plain descent moves by the gradient times the rate.
 
     The rate is small, so that the temperature stays away from its bounds.
     """
-    made = small.model(jnp.float64, dropout=dropout)
-    boxed = jax.eval_shape(lambda: stage2.init(made, jax.random.key(0)))
-    tx = optax.sgd(RATE)
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    mesh, tx = sharding.make_mesh(**sizes, devices=devices), optax.sgd(RATE)
     step = contrastive.make_train_step(
-        model=made, tx=tx, stage_key=small.KEY, weights=weights, accumulation=parts, form=form,
-        chunk=5, equal_texts=True, **small.OPTIONS,
-    )  # fmt: skip
-    params = small.params(np.float64)
+        model=made,
+        tx=tx,
+        stage_key=small.KEY,
+        chunk=5,
+        equal_texts=True,
+        **small.OPTIONS,
+        **options,
+    )
+    boxed = jax.eval_shape(lambda: init(made, jax.random.key(0)))
     start = state.create(jax.tree.map(jnp.array, params), tx, keep_ema=False)
     start = jax.device_put(start, sharding.state_shardings(start, boxed, mesh))
-    rows = sharding.global_batch(small.batch(ROWS, np.float64), mesh)
     with sharding.use(mesh):
+        rows = sharding.global_batch(batch, mesh)
         run = jax.jit(step).lower(start, rows)
-        after, metrics = run.compile(compiler_options={"xla_backend_optimization_level": 0})(
-            start, rows
-        )
+        fast = dict(xla_backend_optimization_level=0)
+        after, metrics = run.compile(compiler_options=fast)(start, rows)
     moved = jax.tree.map(
         lambda a, b: (b - np.asarray(a)) / RATE, jax.device_get(after.params), params
     )
-    names = [*weights, "loss", "grad_norm"]
+    names = [*options["weights"], "loss", "grad_norm"]
     return jax.device_get({name: metrics[name] for name in names}), moved
 
 
-@functools.cache
-def alone(names, dropout):
-    """One device, one pass, all scores at once."""
-    mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
-    weights = {name: small.ALL[name] for name in names}
-    return step_on(mesh, weights, parts=1, form="dense", dropout=dropout)
-
-
-def check(mesh, weights, *, parts, form, dropout):
-    devices = jax.devices()[: 1 if mesh == "one" else 8]
-    mesh = sharding.make_mesh(**MESHES[mesh], devices=devices)
-    with jax.enable_x64(True):
-        want = alone(tuple(weights), dropout)
-        found = step_on(mesh, weights, parts=parts, form=form, dropout=dropout)
+def compare(found, want, weights):
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
     for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
@@ -76,16 +66,41 @@ def check(mesh, weights, *, parts, form, dropout):
     assert max(np.abs(x).max() for x in jax.tree.leaves(want[1])) > 1e-2
 
 
-@pytest.mark.slow
-def test_a_ring_of_eight_devices_in_two_microbatches_is_one_device():
-    weights = {name: small.ALL[name] for name in FEW}
-    check("tensor", weights, parts=2, form="ring", dropout=0.0)
+@functools.cache
+def alone(kind):
+    """One device, one pass, all scores at once."""
+    return plain_on(ONE, parts=1, form="dense", kind=kind)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh, parts, form", MATRIX)
-def test_all_losses_on_all_meshes(mesh, parts, form):
-    check(mesh, small.ALL, parts=parts, form=form, dropout=0.1)
+def plain_on(sizes, *, parts, form, kind):
+    made = plain.Plain(dropout=0.1, initial_bias=-2.0 if kind == "sigmoid" else None)
+    given = made, plain.params(made), plain.batch(ROWS), plain.init
+    return step_on(sizes, *given, weights=small.ALL, accumulation=parts, form=form, kind=kind)
+
+
+@pytest.mark.parametrize(
+    "mesh, parts, form, kind",
+    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in MATRIX],
+)
+def test_all_losses_of_plain_towers_on_all_meshes(mesh, parts, form, kind):
+    """All twelve losses, with dropout, masks and negatives; all parameters move."""
+    with jax.enable_x64(True):
+        want = alone(kind)
+        found = plain_on(MESHES[mesh], parts=parts, form=form, kind=kind)
+    compare(found, want, small.ALL)
+    assert min(np.abs(x).max() for x in jax.tree.leaves(want[1])) > 1e-6
+
+
+@pytest.mark.slow  # minutes of compiling each
+@pytest.mark.parametrize("names", [("vtc", "vtm"), tuple(small.ALL)], ids=len)
+def test_the_model_itself_on_a_ring_of_eight_devices_in_two_microbatches(names):
+    weights = {name: small.ALL[name] for name in names}
+    with jax.enable_x64(True):
+        made = small.model(jnp.float64, dropout=0.1)
+        given = made, small.params(np.float64), small.batch(ROWS, np.float64), stage2.init
+        want = step_on(ONE, *given, weights=weights, accumulation=1, form="dense")
+        found = step_on(MESHES["tensor"], *given, weights=weights, accumulation=2, form="ring")
+    compare(found, want, weights)
 
 
 @pytest.mark.slow
