@@ -126,25 +126,28 @@ def test_from_files_to_evaluation(run, data, words, tmp_path, capsys, arg):
     moved = after[f"params/vision/{kernel}"] - before[f"params/{kernel}"]
     assert 0 < np.abs(moved).max() < 0.02 < np.abs(before[f"params/{kernel}"]).max()
 
-    # A start in the middle of the stage gives the same numbers, bit for bit.
+    # A start in the middle of the stage gives the same numbers, bit for bit; the run keeps its tokenizer.
     again = tmp_path / "again"
     shutil.copytree(folder, again)
     shutil.rmtree(again / "checkpoints" / "7")
+    model.unlink()
     assert run(again, *said, arg=arg) == 0
+    assert json.loads((again / "config.json").read_text())["stages"]["contrastive"]["text"][
+        "tokenizer"
+    ] == str(model)
     one, other = leaves(folder, 7), leaves(again, 7)
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
 
     # Another tokenizer of as many words would give the same numbers another meaning.
-    model.unlink()
     assert tokenizer.main([f"--data={data}", f"--output={model}", *SIZE, "--kinds=video"]) == 0
     shutil.rmtree(again / "checkpoints" / "7")
     with pytest.raises(SystemExit):
         run(again, *said, arg=arg)
-    assert "tokenizer/contrastive" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "must go on with the tokenizer it began with" in told and str(model) in told
 
-    # The run keeps its tokenizer: the file may go.
-    model.unlink()
+    # Evaluations take the one that the run keeps.
     assert evaluate.main([f"--workdir={folder}"]) == 0
     kept = json.loads((folder / "evaluation_00000007.json").read_text())
     assert kept["retrieval/text_video_r1"] == last["eval/retrieval/text_video_r1"]
