@@ -81,7 +81,8 @@ class Progress:
         clips_per_step: global batch size, clips.
         tokens_per_clip: tokens that enter the encoder for one clip (visible ones), if known.
         flops_per_clip: floating-point operations of forward and backward of one clip, counted for
-            visible tokens only, if known.
+            visible tokens only, if known. Where some batches are of images or sounds, both are means over all
+            clips, in which those count as 0: the speeds are of the videos alone, over the time of all steps.
         peak_flops: peak FLOP/s of all devices together, if known; gives MFU.
         stream: where lines go; None prints nothing (all processes but the first).
     """
