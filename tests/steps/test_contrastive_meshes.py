@@ -24,7 +24,7 @@ MATRIX = [
     *itertools.product(MESHES, (1, 2, 4), FORMS, ("softmax",)),
     *itertools.product(MESHES, (2,), FORMS, ("sigmoid",)),
 ]
-QUICK = [("fsdp", 2, "ring", "softmax")]
+KINDS_OF_LOSS = ("vtc", "avtm", "mlm", "uta")  # one of each
 
 
 def step_on(sizes, made, params, batch, init, **options):
@@ -67,28 +67,35 @@ def compare(found, want, weights):
 
 
 @functools.cache
-def alone(kind):
+def alone(names, kind):
     """One device, one pass, all scores at once."""
-    return plain_on(ONE, parts=1, form="dense", kind=kind)
+    return plain_on(ONE, names, parts=1, form="dense", kind=kind)
 
 
-def plain_on(sizes, *, parts, form, kind):
+def plain_on(sizes, names, *, parts, form, kind):
     made = plain.Plain(dropout=0.1, initial_bias=-2.0 if kind == "sigmoid" else None)
     given = made, plain.params(made), plain.batch(ROWS), plain.init
-    return step_on(sizes, *given, weights=small.ALL, accumulation=parts, form=form, kind=kind)
+    weights = {name: small.ALL[name] for name in names}
+    return step_on(sizes, *given, weights=weights, accumulation=parts, form=form, kind=kind)
 
 
-@pytest.mark.parametrize(
-    "mesh, parts, form, kind",
-    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in MATRIX],
-)
+def check(mesh, names, kind="softmax", **cut):
+    with jax.enable_x64(True):
+        want = alone(tuple(names), kind)
+        compare(plain_on(MESHES[mesh], names, kind=kind, **cut), want, names)
+    return want
+
+
+def test_losses_of_every_kind_on_a_ring_of_eight_devices_in_two_microbatches():
+    check("fsdp", KINDS_OF_LOSS, parts=2, form="ring")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, parts, form, kind", MATRIX)
 def test_all_losses_of_plain_towers_on_all_meshes(mesh, parts, form, kind):
     """All twelve losses, with dropout, masks and negatives; all parameters move."""
-    with jax.enable_x64(True):
-        want = alone(kind)
-        found = plain_on(MESHES[mesh], parts=parts, form=form, kind=kind)
-    compare(found, want, small.ALL)
-    assert min(np.abs(x).max() for x in jax.tree.leaves(want[1])) > 1e-6
+    _, moved = check(mesh, small.ALL, kind, parts=parts, form=form)
+    assert min(np.abs(x).max() for x in jax.tree.leaves(moved)) > 1e-6
 
 
 @pytest.mark.slow  # minutes of compiling each
