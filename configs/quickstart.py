@@ -97,14 +97,15 @@ def add_contrastive(c: ml_collections.ConfigDict) -> None:
 
 
 def add_sound(c: ml_collections.ConfigDict) -> None:
-    """Sound and picture together are aligned with captions that name both, and with those of pictures."""
+    """Pictures, and sound and pictures together, are aligned with captions that name both and with those of pictures."""
     stage = c.stages.contrastive
     stage.audio.name = "audio_vit"
     stage.audio.size = "Micro"
     stage.audio.seconds = 2.0  # as long as the clips
     stage.shared.fusion_width = 128
-    stage.losses.vtc, stage.losses.avtc = 0.0, 1.0
-    stage.text.of.video, stage.text.of.audio_video = "", "fused+video"
+    # With `avtc` alone the sound, which is learned first, takes the place of the picture.
+    stage.losses.vtc, stage.losses.avtc = 1.0, 1.0
+    stage.text.of.video, stage.text.of.audio_video = "fused+video", "fused+video"
     stage.init.fresh += (r"^audio(_projection|_tokens)?/", r"^av_fusion/", r"^vision_tokens/")
     c.evals.retrieval.text, c.evals.retrieval.gallery = "fused", "audio_video"
     c.checkpoint.best = "retrieval/text_audio_video_r1"

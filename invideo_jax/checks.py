@@ -14,7 +14,7 @@ import ml_collections
 
 from invideo_jax import build, masking, optim, pairs, programs
 from invideo_jax import config as config_lib
-from invideo_jax.data import captions
+from invideo_jax.data import captions, modalities
 from invideo_jax.errors import UserError
 from invideo_jax.evals import EVALUATORS
 from invideo_jax.handover.matching import INFLATE
@@ -31,7 +31,7 @@ from invideo_jax.models.teachers import TEACHERS
 from invideo_jax.programs import base, contrastive, fusion
 from invideo_jax.registry import nearest
 from invideo_jax.stages import Duration
-from invideo_jax.steps import latent, positives
+from invideo_jax.steps import latent
 
 Rule = tuple[str, Callable[[Any], bool], str]
 
@@ -177,7 +177,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "stages.*.shared.projection": contrastive.PROJECTIONS,
         "stages.*.contrast.kind": pairs.KINDS,
         "stages.*.contrast.form": pairs.FORMS,
-        "stages.*.contrast.positives": positives.KINDS,
+        "stages.*.contrast.positives": modalities.NUMBERED,
         "stages.*.negatives.kind": ("hard", "uniform"),
         "stages.*.image_positions": video_encoder.IMAGE_POSITIONS,
         "stages.*.text.normalise": captions.NORMALISE,

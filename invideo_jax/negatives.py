@@ -41,4 +41,3 @@ def highest(score: jax.Array, allowed: jax.Array) -> tuple[jax.Array, jax.Array]
     """The allowed column of the highest `score` [B, B] in each row, int32 [B]; and whether there is one."""
     best = jnp.argmax(jnp.where(allowed, score, -jnp.inf), axis=1)
     return best.astype(jnp.int32), allowed.any(axis=1)
-

@@ -53,8 +53,6 @@ def make_objective(
     kind: str = "softmax",
     form: str = "dense",
     chunk: int = 1024,
-    positives: str = "global",
-    corpora: Sequence[int] = (),
     equal_texts: bool = False,
     gradient_factor: float = 1.0,
     match_parts: int = 1,
@@ -72,7 +70,6 @@ def make_objective(
         negatives: kind 'hard' or 'uniform', and floor of `negatives.weights`.
         uta: factors of the alignments with the stage-1 teacher; images_only leaves videos out.
         kind, form, chunk: of `pairs.contrastive`; 'sigmoid' needs a model with a bias.
-        positives, corpora: of `positives.example_ids`.
         equal_texts: rows with the same text are positives too.
         gradient_factor: of what contrastive losses give to embeddings, not to the temperature; the
             published code has 1 / processes.
@@ -114,7 +111,6 @@ def make_objective(
         negatives=negatives,
         uta=dict(ratios=ratios, images_only=uta["images_only"]),
         contrast=dict(kind=kind, form=form, chunk=chunk),
-        positives=dict(kind=positives, corpora=tuple(corpora)),
         equal_texts=equal_texts,
         gradient_factor=gradient_factor,
         match_parts=match_parts,

@@ -72,7 +72,6 @@ class Objective:
     Attributes:
         weights: of the losses that there are; none is 0.
         contrast: kind, form and chunk of `pairs.contrastive`.
-        positives: kind and corpora of `positives.example_ids`.
         still: names of what `encode` makes from frozen weights alone: no gradient goes there.
     """
 
@@ -84,7 +83,6 @@ class Objective:
     negatives: Mapping[str, Any]
     uta: Mapping[str, Any]
     contrast: Mapping[str, Any]
-    positives: Mapping[str, Any]
     equal_texts: bool
     gradient_factor: float
     match_parts: int
@@ -263,7 +261,7 @@ class Objective:
         return there
 
     def _ids(self, name: str, batch: Batch) -> jax.Array:
-        ids = positives.example_ids(batch["example"], **self.positives)
+        ids = batch["example"]
         slot = self._slot(name)
         if not self.equal_texts or not slot:
             return ids

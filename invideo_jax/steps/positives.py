@@ -1,42 +1,7 @@
 """Which examples of a batch belong together: one class number for each row, equal for positives."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
-
-from invideo_jax.errors import UserError
-
-KINDS = ("global", "corpus")
-
-
-def example_ids(
-    example: jax.Array, *, kind: str = "global", corpora: Sequence[int] = ()
-) -> jax.Array:
-    """Numbers by which rows show the same clip.
-
-    Args:
-        example: uint32 [B], number of the example over all corpora, one after the other.
-        kind: 'global': that number. 'corpus': the number within its corpus, by which examples of
-            different corpora collide, as in the published code.
-        corpora: number of examples of each corpus, in order; of 'corpus' only.
-
-    Raises:
-        UserError: an unknown kind, or 'corpus' without corpora.
-
-    Source: InternVideo2 multi_modality/dataset (ids are rows of an annotation file).
-    """
-    if kind not in KINDS:
-        raise UserError(f"positives must be one of {', '.join(KINDS)}; got positives={kind!r}.")
-    if kind == "global":
-        return example
-    if not corpora:
-        raise UserError(
-            "positives='corpus' needs the number of examples of each corpus; got corpora=(). "
-            "Name them in order, or use positives='global'."
-        )
-    starts = jnp.cumsum(jnp.asarray((0, *corpora[:-1]), example.dtype))
-    return example - starts[jnp.searchsorted(starts, example, side="right") - 1]
 
 
 def text_ids(ids: jax.Array, valid: jax.Array) -> jax.Array:

@@ -365,15 +365,6 @@ def test_many_links_are_followed_to_the_end():
     np.testing.assert_array_equal(found, labels)
 
 
-def test_rows_of_corpora_collide_as_published():
-    example = np.array([0, 4, 5, 9, 11], np.uint32)  # corpora of 5, 6 and more
-    ids = positives.example_ids(example, kind="corpus", corpora=(5, 6, 100))
-    np.testing.assert_array_equal(ids, [0, 4, 0, 4, 0])
-    np.testing.assert_array_equal(positives.example_ids(example), example)
-    with pytest.raises(UserError, match="needs the number of examples of each corpus"):
-        positives.example_ids(example, kind="corpus")
-
-
 def test_the_temperature_is_put_back_as_it_is_or_as_a_logarithm():
     hold = contrastive.hold_temperature
     for value, want in ((0.6, 0.5), (0.0, 0.001), (0.3, 0.3)):
