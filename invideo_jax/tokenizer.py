@@ -46,7 +46,15 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = open_tokenizer(given.output)
         print(f"{given.output}: {tokenizer.vocabulary:,} tokens from {len(texts):,} texts")
         print(describe(tokenizer, texts))
+        print(f"in a recipe: {settings(given.output, tokenizer)}")
     return 0
+
+
+def settings(path: str, tokenizer: Tokenizer) -> str:
+    """What a recipe must say of it, as words for the training command; STAGE stands for its stage."""
+    of = dict(tokenizer=path, vocabulary=tokenizer.vocabulary)
+    of |= dict(pad=tokenizer.pad, first=tokenizer.first, mask=tokenizer.mask)
+    return " ".join(f"--config.stages.STAGE.text.{name}={value}" for name, value in of.items())
 
 
 def collect(

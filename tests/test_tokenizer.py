@@ -43,6 +43,7 @@ def run(*arguments, code=0):
 def test_one_command_makes_a_tokenizer(clips, tmp_path, capsys):
     run(f"--data={clips}", f"--output={tmp_path / 'a.model'}", "--vocabulary=200")
     said = capsys.readouterr().out
+    assert "text.pad=0 --config.stages.STAGE.text.first=2 --config.stages.STAGE.text.mask=4" in said
     tok = open_tokenizer(tmp_path / "a.model")
     assert (tok.vocabulary, tok.pad, tok.first, tok.last, tok.mask) == (200, 0, 2, 3, 4)
     assert tok.pieces(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
