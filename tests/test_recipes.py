@@ -62,7 +62,7 @@ def test_every_stage_of_every_recipe_traces(name, word):
             lambda x: (x.shape, x.dtype), state
         )
         assert {"loss", "grad_norm", "learning_rate", "skipped"} <= metrics.keys()
-        assert program.visible_tokens <= program.encoder.tokens
+        assert program.visible_tokens <= program.encoder.tokens + program.encoder.prefix
 
 
 @pytest.mark.parametrize("name", NAMES)
