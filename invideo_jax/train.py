@@ -38,6 +38,10 @@ List and check the checkpoints:    python -m invideo_jax.checkpoint {folder}
 Evaluate on other videos:          python -m invideo_jax.evaluate --workdir={folder} --config.data.eval=FOLDER
 Train on your own videos:          python -m invideo_jax.train --config=configs/internvideo1/mae_vit_s.py \\
                                        --config.data.train=FOLDER_OR_MANIFEST --workdir=DIR"""
+FIND_BY_WORDS = (
+    "\nFind videos by words:              python -m invideo_jax.search --checkpoint={folder} "
+    '--videos=FOLDER "WORDS"'
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +101,9 @@ class Trainer(Run):
         if self.first:
             self.writer.flush()
             page = report.build(self.folder)
-            print(AFTER_THE_RUN.format(page=page, folder=self.folder), flush=True)
+            last = self.programs[self.plan[-1].name]
+            more = FIND_BY_WORDS if last.towers else ""
+            print((AFTER_THE_RUN + more).format(page=page, folder=self.folder), flush=True)
         return runtime.FINISHED
 
     def _next_stage(self) -> stages.Stage | None:
