@@ -349,12 +349,13 @@ def test_the_compiled_step_computes_nothing_backward_for_frozen_towers():
 
     def cost(*frozen):
         mask = {k: jax.tree.map(lambda _: k not in frozen, v) for k, v in params.items()}  # noqa: B023
-        run = lambda p, b: update.two_pass(loss(mask), p, b, trainable=mask)[2]
+        made = loss(mask)
+        run = lambda p, b: update.two_pass(made, p, b, trainable=mask)[2]
         return jax.jit(run).lower(params, batch).compile().cost_analysis()["flops"]
 
     forward = jax.jit(loss(None)).lower(params, batch).compile().cost_analysis()["flops"]
     both = cost("vision", "text")
-    assert cost() > 2.5 * forward and both < 1.3 * forward
+    assert cost() > 2.3 * forward and both < 1.3 * forward
     assert both < cost("vision") < 0.9 * cost()
 
 
