@@ -245,7 +245,8 @@ class Run:
         if start.table is not None:
             if self.first:
                 start.table.save(self.folder, stage.name)
-            self.say(f"Stage {stage.name}: {start.table.summary()}")
+            where = self.folder / f"handover_{stage.name}.txt"
+            self.say(f"Stage {stage.name}: {start.table.summary()} (table: {where})")
 
     def teacher_of(self, stage: stages.Stage) -> Callable[[Batch], Batch]:
         """What adds the teacher's entries to a batch of the stage; loads the teacher.
