@@ -192,7 +192,7 @@ def open_model(
     check_vocabulary(words.spec.reopen(), model.text.vocabulary, words.unused)
     clip |= dict(frames=shapes["frames"], size=shapes["image_size"])
     spec = ClipSpec(sampling="middle", views=1, flip=0.0, **clip | ({"crop": crop} if crop else {}))
-    towers = _that_work(make_towers(model, words.spec.asked), model)
+    towers = make_towers(model, words.spec.asked)
     about = _about(model, source, words, spec, audio)
     return Opened(model, towers, words, spec, audio, about, checkpoint, source, old, mesh)
 
@@ -264,16 +264,6 @@ def _seconds(tower: nn.Module) -> float:
         return PUBLISHED_SECONDS
     spec = AudioSpec()
     return (tower.frames - 1) * spec.shift + spec.window
-
-
-def _that_work(towers: Towers, model: nn.Module) -> Towers:
-    """Without what the model has no parameters for."""
-    joint, judged = getattr(model, "joint", False), "video" in getattr(model, "views", ())
-    return dataclasses.replace(
-        towers,
-        audio_video=towers.audio_video if joint else None,
-        match=towers.match if judged else None,
-    )
 
 
 def _about(model, source, words, clip, audio) -> dict[str, Any]:

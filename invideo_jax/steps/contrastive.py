@@ -260,6 +260,8 @@ def make_towers(
 ) -> Towers:
     """What a trained model makes of each modality, of whole clips and without dropout.
 
+    What the model has no parameters for is None, so that who asks for it is told at once.
+
     Args:
         model: `Stage2` or `VideoClip`.
         tokenize: texts -> ids int32 [B, L] and valid bool [B, L].
@@ -293,13 +295,13 @@ def make_towers(
         return run(params, "match", tokens, valid, context)[:, 1].astype(jnp.float32)
 
     hears = getattr(model, "audio", None) is not None
-    fuses = hasattr(model, "match") and model.text.fusion_from < model.text.depth
+    judges = "video" in getattr(model, "views", ())
     return Towers(
         video=video,
         text=text,
         tokenize=tokenize,
         audio=audio if hears else None,
-        audio_video=audio_video if hears else None,
-        match=match if fuses else None,
+        audio_video=audio_video if hears and model.joint else None,
+        match=match if judges else None,
         vocabulary=model.text.vocabulary,
     )

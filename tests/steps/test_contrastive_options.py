@@ -363,3 +363,11 @@ def test_all_random_draws_of_a_loss_have_a_use_of_their_own():
     uses = [getattr(pair_losses, name) for name in ("_AUDIO", "_TEXT", "_WORDS", "_FUSED_WORDS")]
     uses += [pair_losses._NEGATIVES, pair_losses._MATCH, masked.MASK, masked.DROP_PATH]
     assert len(set(uses)) == len(uses)
+
+
+def test_towers_offer_only_what_the_model_has_parameters_for():
+    judged, plain = (tiny().clone(views=views) for views in (("video",), ()))
+    offered = lambda model: contrastive.make_towers(model, lambda texts: None)
+    assert offered(judged).match is not None and offered(plain).match is None
+    assert offered(small.model()).audio_video is not None
+    assert offered(small.model().clone(joint=False)).audio_video is None
